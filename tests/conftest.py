@@ -1,0 +1,8 @@
+"""What every test shares: the CPU backend, in one process, with two devices for sharding."""
+
+import os
+
+# Set before JAX starts its backends: a test must not take a GPU from a run, and two devices make
+# NamedSharding and shard_map testable anywhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
