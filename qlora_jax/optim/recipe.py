@@ -1,0 +1,91 @@
+"""The optimizer of the recipe: clipped AdamW with a warmed-up schedule.
+
+QLoRA (arXiv 2305.14314, appendix B) trains with AdamW, beta2 = 0.999, a constant learning rate and
+gradients clipped to a global norm of 0.3. Those are the defaults here; `linear` and `cosine` decay
+to zero at the last step. The result is an ordinary `optax.GradientTransformation`, so it can be
+wrapped, replaced or used in a training loop that is not ours.
+
+The learning-rate schedule counts *optimizer* steps, not microbatches, and starts at step 0: with
+`warmup_steps=100` step 0 runs at 1/100 of the peak (a rate of exactly zero would waste a step).
+"""
+
+from __future__ import annotations
+
+import optax
+
+from qlora_jax.errors import ConfigError
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def make_schedule(
+    learning_rate: float, *, schedule: str = "constant", warmup_steps: int = 0, total_steps: int = 0
+) -> optax.Schedule:
+    """The learning rate as a function of the optimizer step.
+
+    Args:
+        learning_rate: the peak, reached when the warmup ends.
+        schedule: `constant`, or `linear` or `cosine` decay to zero at `total_steps`.
+        warmup_steps: steps of linear warmup before the peak.
+        total_steps: the length of the run, warmup included; `constant` does not need it.
+
+    Raises:
+        ConfigError: for an unknown schedule, or a warmup that is not shorter than a decaying run.
+
+    >>> rate = make_schedule(1.0, schedule="linear", warmup_steps=2, total_steps=6)
+    >>> [round(float(rate(step)), 2) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if schedule not in SCHEDULES:
+        raise ConfigError(
+            f"optimizer.schedule={schedule!r} is not known; choose one of {', '.join(SCHEDULES)}"
+        )
+    decay_steps = total_steps - warmup_steps
+    if schedule == "constant":
+        after = optax.constant_schedule(learning_rate)
+    elif decay_steps < 1:
+        raise ConfigError(
+            f"optimizer.warmup_steps={warmup_steps} leaves nothing of a run of {total_steps} steps "
+            f"to decay over; choose fewer warmup steps or schedule='constant'"
+        )
+    elif schedule == "linear":
+        after = optax.linear_schedule(learning_rate, 0.0, decay_steps)
+    else:
+        after = optax.cosine_decay_schedule(learning_rate, decay_steps)
+    if warmup_steps == 0:
+        return after
+    first = learning_rate / warmup_steps
+    warmup = optax.linear_schedule(first, learning_rate + first, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def make_optimizer(
+    learning_rate: float | optax.Schedule = 2e-4,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 0.3,
+) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW.
+
+    Args:
+        learning_rate: a number, or a schedule from `make_schedule`.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, times the learning rate, on every trainable leaf.
+        max_grad_norm: gradients with a larger global norm are scaled down to it; 0 turns it off.
+
+    >>> import jax.numpy as jnp
+    >>> tx = make_optimizer(0.1, eps=0.0)
+    >>> params = {"lora_b": jnp.zeros(2)}
+    >>> updates, _ = tx.update({"lora_b": jnp.array([3.0, -4.0])}, tx.init(params), params)
+    >>> [round(float(u), 4) for u in updates["lora_b"]]
+    [-0.1, 0.1]
+    """
+    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    if max_grad_norm == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
