@@ -1,0 +1,1 @@
+"""Records, tokenizers, loss masks, packing and batches."""
