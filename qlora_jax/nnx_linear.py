@@ -1,0 +1,286 @@
+"""The adapted linear layer of Flax NNX: a frozen kernel and two LoRA matrices.
+
+``qlora_jax.flax_nnx`` puts it into models; the mathematics is in ``qlora_jax.lora``. The layer
+keeps what it needs to become the ``nnx.Linear`` or ``nnx.LinearGeneral`` again that it replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from qlora_jax.lora import init_adapter, is_quantized, lora_delta
+from qlora_jax.quantized import QuantizedTensor, matmul, quantize
+
+
+class QuantizedParam(nnx.Variable):
+    """Holds a ``QuantizedTensor``. No ``nnx.Param``, so no optimizer picks it up."""
+
+
+class QLoRALinear(nnx.Module):
+    """A linear layer with a frozen (4-bit or dense) kernel and, if ``rank > 0``, a LoRA adapter.
+
+    ``y = x @ W.T + (dropout(x) @ A) * s @ B + bias`` over the input axes ``axis``, as
+    ``nnx.LinearGeneral`` does; a plain linear contracts the last axis. Made by ``quantize_model``
+    and ``apply_qlora`` out of the model's own layers.
+
+    Attributes:
+        kernel: ``QuantizedParam`` with a tensor of shape (out_features, in_features), or the dense
+            ``nnx.Param`` [*L, *in_shape, *out_shape] of the layer that this one replaces.
+        bias: ``nnx.Param`` [*L, *out_shape] or None; frozen.
+        lora_a: ``nnx.LoRAParam`` [*L, in_features, rank], None for rank 0.
+        lora_b: ``nnx.LoRAParam`` [*L, rank, out_features], None for rank 0.
+        in_features: number of input features, over all of ``axis``.
+        out_features: number of output features.
+        dtype: compute dtype. None: that of the input (with a dense kernel: of input and kernel,
+            promoted, as in ``nnx.Linear``).
+        deterministic: True switches dropout off; ``model.eval()`` and ``model.train()`` set it.
+        rngs: the layer's own dropout stream [*L], None without dropout.
+
+    Example:
+        >>> linear = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+        >>> layer = QLoRALinear.from_linear(linear)
+        >>> layer.quantize_kernel()
+        >>> layer(jnp.ones((3, 8))).shape, layer.rank
+        ((3, 4), 0)
+    """
+
+    def __init__(
+        self,
+        kernel: nnx.Variable,
+        bias: nnx.Variable | None,
+        *,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        axis: tuple[int, ...] = (-1,),
+        general: bool = False,
+        dtype: DTypeLike | None = None,
+        precision: Any = None,
+    ):
+        """Takes over the variables of a layer, without an adapter.
+
+        Args:
+            kernel: see the class.
+            bias: see the class.
+            in_shape: sizes of the contracted input axes.
+            out_shape: sizes of the output axes they are replaced by.
+            axis: the contracted input axes.
+            general: whether merging gives back an ``nnx.LinearGeneral``, else an ``nnx.Linear``.
+            dtype: see the class.
+            precision: of the product with a dense kernel.
+        """
+        self.kernel = kernel
+        self.bias = nnx.data(bias)
+        self.in_shape, self.out_shape, self.axis = in_shape, out_shape, axis
+        self.in_features, self.out_features = math.prod(in_shape), math.prod(out_shape)
+        self.general = general
+        self.dtype = dtype
+        self.precision = precision
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.rank, self.alpha, self.dropout, self.use_rslora = 0, 16.0, 0.0, False
+        self.deterministic = False
+        self.rngs = nnx.data(None)
+
+    @classmethod
+    def from_linear(cls, linear: nnx.Linear | nnx.LinearGeneral) -> QLoRALinear:
+        """A layer that computes what ``linear`` does and shares its variables.
+
+        Custom ``dot_general`` and ``promote_dtype`` functions are not kept.
+        """
+        general = isinstance(linear, nnx.LinearGeneral)
+        return cls(
+            linear.kernel,
+            linear.bias,
+            in_shape=linear.in_features if general else (linear.in_features,),
+            out_shape=linear.out_features if general else (linear.out_features,),
+            axis=linear.axis if general else (-1,),
+            general=general,
+            dtype=linear.dtype,
+            precision=linear.precision,
+        )
+
+    @property
+    def leading_shape(self) -> tuple[int, ...]:
+        """The axes of stacked layers, () for a layer that can be called."""
+        value = self.kernel.get_value()
+        if is_quantized(value):
+            return tuple(value.leading_shape)
+        return tuple(value.shape[: value.ndim - len(self.in_shape) - len(self.out_shape)])
+
+    @property
+    def adapter(self) -> dict[str, Array]:
+        """The adapter as ``qlora_jax.lora`` takes it. The layer must have one."""
+        return {"lora_a": self.lora_a.get_value(), "lora_b": self.lora_b.get_value()}
+
+    @property
+    def matrix_kernel(self) -> QuantizedTensor | Float[Array, "*L K N"]:
+        """The kernel as ``merge_weight`` takes it: quantized or [*L, in_features, out_features]."""
+        kernel = self.kernel.get_value()
+        if is_quantized(kernel):
+            return kernel
+        return kernel.reshape(*self.leading_shape, self.in_features, self.out_features)
+
+    def quantize_kernel(self, *, name: str = "kernel", **options: Any) -> None:
+        """Replaces a dense kernel by its quantized form.
+
+        Args:
+            name: what a NaN or infinity in the kernel is reported under.
+            **options: ``quant_type``, ``block_size``, ``double_quant`` of ``quantize``.
+        """
+
+        shape = (*self.leading_shape, self.in_features, self.out_features)
+
+        def convert(kernel):
+            return _quantize_stack(kernel.reshape(shape), name=name, **options)
+
+        self.kernel = QuantizedParam(_maybe_abstract(convert, self.kernel.get_value()))
+
+    def add_adapter(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        use_rslora: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Adds a new adapter (B zero) and, for ``dropout > 0``, a dropout stream."""
+
+        def init(key, _):
+            return init_adapter(
+                key,
+                self.in_features,
+                self.out_features,
+                rank=rank,
+                leading_shape=self.leading_shape,
+                dtype=dtype,
+            )
+
+        adapter = _maybe_abstract(init, rngs.params(), self.kernel.get_value())
+        self.lora_a, self.lora_b = (nnx.LoRAParam(adapter[name]) for name in ("lora_a", "lora_b"))
+        self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, use_rslora
+        if dropout:
+            leading = self.leading_shape
+            self.rngs = rngs.dropout.split(leading) if leading else rngs.dropout.fork()
+
+    def __call__(self, x: Float[Array, "*A"], out_sharding: Any = None) -> Float[Array, "*C"]:
+        """Applies the layer.
+
+        Args:
+            x: input; the axes ``axis`` have the sizes ``in_shape``.
+            out_sharding: sharding of the result, for meshes with explicit axes.
+
+        Returns:
+            The other axes of ``x`` followed by ``out_shape``, in the compute dtype.
+        """
+        kernel = self.matrix_kernel
+        if self.leading_shape:
+            raise ValueError(
+                f"this layer is a stack {self.leading_shape} of layers; take one with jax.lax.scan "
+                "or nnx.vmap before calling it."
+            )
+        x = x.astype(self._compute_dtype(x, kernel))
+        count = len(self.axis)
+        x = jnp.moveaxis(x, self.axis, range(-count, 0))
+        x = x.reshape(*x.shape[: x.ndim - count], self.in_features)
+        if is_quantized(kernel):
+            y = matmul(x, kernel)
+        else:
+            y = jnp.matmul(x, kernel.astype(x.dtype), precision=self.precision)
+        if self.rank:
+            training = self.dropout > 0.0 and not self.deterministic
+            y += lora_delta(
+                x,
+                self.adapter,
+                alpha=self.alpha,
+                use_rslora=self.use_rslora,
+                dropout=self.dropout,
+                key=self.rngs() if training else None,
+            )
+        y = y.reshape(*y.shape[:-1], *self.out_shape)
+        if self.bias is not None:
+            y += self.bias.get_value().astype(y.dtype)
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+    def with_kernel(
+        self, kernel: QuantizedTensor | Float[Array, "*L K N"]
+    ) -> QLoRALinear | nnx.Linear | nnx.LinearGeneral:
+        """The layer with another kernel and without its adapter; the bias is shared.
+
+        Args:
+            kernel: quantized, for a ``QLoRALinear`` of rank 0, or dense [*L, in_features,
+                out_features], for a plain layer of the kind that this one replaced.
+        """
+        if is_quantized(kernel):
+            return QLoRALinear(
+                QuantizedParam(kernel),
+                self.bias,
+                in_shape=self.in_shape,
+                out_shape=self.out_shape,
+                axis=self.axis,
+                general=self.general,
+                dtype=self.dtype,
+                precision=self.precision,
+            )
+        # Built without values: only the attributes of the plain layer are of interest.
+        plain = nnx.eval_shape(lambda: self._build_plain(kernel.dtype))
+        shape = (*self.leading_shape, *self.in_shape, *self.out_shape)
+        plain.kernel = nnx.Param(kernel.reshape(shape))
+        if self.bias is not None:
+            plain.bias = self.bias
+        return plain
+
+    def _build_plain(self, param_dtype: DTypeLike) -> nnx.Linear | nnx.LinearGeneral:
+        options = dict(
+            use_bias=self.bias is not None,
+            dtype=self.dtype,
+            param_dtype=param_dtype,
+            precision=self.precision,
+            rngs=nnx.Rngs(0),
+        )
+        if self.general:
+            return nnx.LinearGeneral(self.in_shape, self.out_shape, axis=self.axis, **options)
+        return nnx.Linear(self.in_features, self.out_features, **options)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What ``nnx.view`` may set on this module."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _compute_dtype(self, x: Array, kernel: Any) -> DTypeLike:
+        if self.dtype is not None:
+            return self.dtype
+        if is_quantized(kernel) and jnp.issubdtype(x.dtype, jnp.floating):
+            return x.dtype
+        return jnp.result_type(x.dtype, kernel.dtype)
+
+
+def _quantize_stack(
+    matrices: Float[Array, "*L K N"], *, name: str, **options: Any
+) -> QuantizedTensor:
+    """Quantizes Flax kernels [*L, in, out] to (out, in), one matrix at a time."""
+    leading = matrices.shape[:-2]
+    if not leading:
+        return quantize(matrices.T, name=name, **options)
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    if isinstance(flat, jax.core.Tracer):
+        stacked = jax.vmap(lambda matrix: quantize(matrix.T, name=name, **options))(flat)
+    else:
+        # Not under vmap or lax.map: values must be concrete for NaN to be refused by name.
+        parts = [quantize(m.T, name=f"{name}[{i}]", **options) for i, m in enumerate(flat)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), stacked)
+
+
+def _maybe_abstract(function: Any, *args: Any) -> Any:
+    """Calls a function, or only its shapes (``jax.eval_shape``) if an argument has no values."""
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
+    return jax.eval_shape(function, *args) if abstract else function(*args)
