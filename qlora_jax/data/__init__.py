@@ -1,1 +1,31 @@
-"""Records, tokenizers, loss masks, packing and batches."""
+"""Records, tokenizers, loss masks, packing and batches.
+
+From a file to a batch:
+
+    records = load_records("train.jsonl")
+    train, heldout = split(records, eval_fraction=0.1, seed=0)
+    examples = tokenize_records(train, tokenizer, max_len=512)
+    batches = BatchIterator(examples, batch_size=1, seq_len=512, grad_accum=16, seed=0)
+"""
+# ruff: noqa: I001 (the order is that of the table of contents, not the alphabet)
+
+# Reading
+from qlora_jax.data.formats import Record as Record
+from qlora_jax.data.records import load_records as load_records
+from qlora_jax.data.report import DataReport as DataReport
+
+# Tokens and loss masks
+from qlora_jax.data.masking import Example as Example
+from qlora_jax.data.masking import tokenize_records as tokenize_records
+from qlora_jax.data.tokenizer import Tokenizer as Tokenizer
+
+# Batches
+from qlora_jax.data.batches import Batch as Batch
+from qlora_jax.data.batches import BatchIterator as BatchIterator
+from qlora_jax.data.batches import eval_batches as eval_batches
+from qlora_jax.data.batches import split as split
+
+# Looking at it
+from qlora_jax.data.display import colored_tokens as colored_tokens
+from qlora_jax.data.stats import DataStats as DataStats
+from qlora_jax.data.stats import summarize as summarize
