@@ -1,0 +1,208 @@
+"""Grouped-query self-attention: rotary positions, packed sequences, sliding windows, a cache.
+
+Who sees whom is one rule everywhere: a query at slot i sees a key at slot j when j <= i, when both
+carry the same segment id, and when i - j < window. A slot is the index in the sequence axis (of the
+cache, when there is one). With left-padded prompts and one segment per row this is also the
+distance in positions, so the same rule serves training on packed rows and batched decoding of
+prompts of different lengths.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.rope import apply_rope
+
+# The segment id of a slot that nothing was written to; no token may carry it.
+EMPTY_SLOT = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far, for all layers; a pytree of fixed shape.
+
+    Attributes:
+      keys: [L, B, S, K, H], already rotated.
+      values: [L, B, S, K, H].
+      segment_ids: [B, S] int32; -1 where nothing was written.
+      length: [] int32, slots in use (the same for every row; shorter prompts are padded on the
+        left).
+    """
+
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+    segment_ids: Int[Array, "B S"]
+    length: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: LlamaConfig, batch_size: int, max_len: int, dtype) -> "KVCache":
+        """An empty cache of `max_len` slots.
+
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16, head_dim=4,
+        ...     num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
+        >>> KVCache.empty(config, batch_size=2, max_len=16, dtype=jnp.float32).keys.shape
+        (3, 2, 16, 1, 4)
+        """
+        heads = (config.num_key_value_heads, config.head_dim)
+        shape = (config.num_hidden_layers, batch_size, max_len, *heads)
+        return cls(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            segment_ids=jnp.full((batch_size, max_len), EMPTY_SLOT, jnp.int32),
+            length=jnp.zeros((), jnp.int32),
+        )
+
+    def append(
+        self, layer: Int[Array, ""], keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]
+    ) -> "KVCache":
+        """Writes the new tokens' keys and values of one layer behind the `length` slots in use."""
+        start = (layer, 0, self.length, 0, 0)
+        return dataclasses.replace(
+            self,
+            keys=jax.lax.dynamic_update_slice(self.keys, keys[None], start),
+            values=jax.lax.dynamic_update_slice(self.values, values[None], start),
+        )
+
+    def append_segments(self, segment_ids: Int[Array, "B T"]) -> "KVCache":
+        """Writes the new tokens' segment ids behind the `length` slots in use."""
+        start = (0, self.length)
+        new = segment_ids.astype(jnp.int32)
+        return dataclasses.replace(
+            self, segment_ids=jax.lax.dynamic_update_slice(self.segment_ids, new, start)
+        )
+
+    def advance(self, tokens: int) -> "KVCache":
+        """Counts `tokens` more slots as used, after all layers have appended theirs."""
+        return dataclasses.replace(self, length=self.length + tokens)
+
+    def layer(
+        self, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values of one layer."""
+        return (
+            jax.lax.dynamic_index_in_dim(self.keys, layer, keepdims=False),
+            jax.lax.dynamic_index_in_dim(self.values, layer, keepdims=False),
+        )
+
+
+def attention_mask(
+    query_slots: Int[Array, " T"],
+    query_segments: Int[Array, "B T"],
+    key_segments: Int[Array, "B S"],
+    window: int | None = None,
+) -> Bool[Array, "B 1 T S"]:
+    """True where a query may look at a key: not later, of the same segment, within the window.
+
+    >>> segments = jnp.array([[1, 1, 2]])
+    >>> attention_mask(jnp.arange(3), segments, segments)[0, 0].astype(int)
+    Array([[1, 0, 0],
+           [1, 1, 0],
+           [0, 0, 1]], dtype=int32)
+    """
+    distance = query_slots[:, None] - jnp.arange(key_segments.shape[-1])
+    near = distance >= 0
+    if window is not None:
+        near &= distance < window
+    return (near & (query_segments[:, :, None] == key_segments[:, None, :]))[:, None]
+
+
+def implementation(dtype, head_dim: int, query_len: int, key_len: int) -> Literal["cudnn", "xla"]:
+    """Which implementation of `jax.nn.dot_product_attention` can run on the default device.
+
+    >>> implementation(jnp.float32, head_dim=64, query_len=256, key_len=256)
+    'xla'
+    """
+    # cuDNN's flash attention: 16-bit types, NVIDIA sm_80 or newer, and, with a mask, even lengths.
+    fits = (
+        dtype in (jnp.bfloat16, jnp.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 128
+        and query_len % 2 == key_len % 2 == 0
+    )
+    if not fits or jax.default_backend() != "gpu":
+        return "xla"
+    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
+    return "cudnn" if major.isdigit() and minor.isdigit() and int(major) >= 8 else "xla"
+
+
+class Attention(nnx.Module):
+    """Multi-head attention whose key and value heads may be fewer than its query heads."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+        def linear(features_in: int, features_out: int, use_bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                features_in,
+                features_out,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.config = config
+        self.q_proj = linear(hidden, config.num_attention_heads * head_dim, config.qkv_bias)
+        self.k_proj = linear(hidden, config.num_key_value_heads * head_dim, config.qkv_bias)
+        self.v_proj = linear(hidden, config.num_key_value_heads * head_dim, config.qkv_bias)
+        self.o_proj = linear(config.num_attention_heads * head_dim, hidden, config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, param_dtype=param_dtype)
+            self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, param_dtype=param_dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]],
+        mask: Bool[Array, "B 1 T S"] | None,
+        cache: KVCache | None,
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Attends.
+
+        Args:
+          x: normalised input.
+          rope: cosines and sines of the positions of `x`.
+          mask: who sees whom; None stands for the causal (and windowed) mask of one unpacked
+            sequence a row.
+          cache: keys and values of earlier tokens, or None.
+          layer: this layer's index in the cache.
+
+        Returns:
+          The output, and the cache with this layer's new keys and values.
+        """
+        config = self.config
+        batch, length, _ = x.shape
+
+        def heads(projection: nnx.Linear, name: str) -> Float[Array, "B T N H"]:
+            y = checkpoint_name(projection(x), name)
+            return y.reshape(batch, length, -1, config.head_dim)
+
+        q = heads(self.q_proj, "q_proj")
+        k = heads(self.k_proj, "k_proj")
+        v = heads(self.v_proj, "v_proj")
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            cache = cache.append(layer, k, v)
+            k, v = cache.layer(layer)
+        windowed = mask is None and config.sliding_window is not None
+        y = jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=mask is None,
+            local_window_size=(config.sliding_window - 1, 0) if windowed else None,
+            implementation=implementation(q.dtype, config.head_dim, length, k.shape[1]),
+        )
+        y = self.o_proj(y.reshape(batch, length, -1))
+        return checkpoint_name(y, "o_proj"), cache

@@ -1,0 +1,305 @@
+"""The shape of a decoder, read from a Hugging Face `config.json` or from GGUF metadata.
+
+One frozen dataclass describes every supported family; the families differ only in which biases,
+norms and windows they have. What a checkpoint leaves out is filled in with the defaults of its own
+family (transformers writes only some of them), and what this project cannot run is refused here,
+before any weight is read.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_jax.errors import WeightsError
+from qlora_jax.models.rope import RopeScaling
+
+# What a config.json that leaves a key out means by it.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "head_dim": 128,
+    },
+}
+SUPPORTED = tuple(_DEFAULTS)
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and variants of one decoder; names as in Hugging Face's `config.json`.
+
+    Attributes:
+      model_type: the family: one of `SUPPORTED`.
+      vocab_size: rows of the embedding.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the gated MLP.
+      num_hidden_layers: decoder layers.
+      num_attention_heads: query heads.
+      num_key_value_heads: key and value heads; divides `num_attention_heads`.
+      head_dim: size of one head; not always `hidden_size / num_attention_heads`.
+      max_position_embeddings: longest context, in tokens.
+      rms_norm_eps: added to the mean square in every norm.
+      rope_theta: base of the rotation frequencies.
+      rope_scaling: stretch of the frequencies, or None.
+      tie_word_embeddings: the output head is the embedding.
+      qkv_bias: q, k and v projections have a bias.
+      o_bias: the output projection of the attention has a bias.
+      mlp_bias: the three MLP projections have biases.
+      qk_norm: queries and keys are RMS-normalised per head before the rotation.
+      sliding_window: a token sees itself and the `sliding_window - 1` before it; None: all before
+        it.
+      full_attention_layers: indices of the layers that ignore `sliding_window`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    model_type: str = "llama"
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise WeightsError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}: the model's config is damaged."
+            )
+        if self.head_dim % 2:
+            raise WeightsError(f"head_dim={self.head_dim} must be even for rotary embeddings.")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads the dict of a Hugging Face `config.json`.
+
+        Args:
+          config: the parsed JSON, of transformers 4 (`rope_theta`, `rope_scaling`) or 5
+            (`rope_parameters`).
+
+        Raises:
+          WeightsError: the family, the activation or the RoPE scaling is not supported, or sizes
+          are missing.
+
+        >>> LlamaConfig.from_hf({"model_type": "qwen2", "vocab_size": 8, "hidden_size": 8,
+        ...     "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+        ...     "num_key_value_heads": 1}).qkv_bias
+        True
+        """
+        model_type = config.get("model_type")
+        if model_type not in _DEFAULTS:
+            raise _unsupported(f"config.json has model_type {model_type!r}")
+        if missing := [key for key in _REQUIRED if config.get(key) is None]:
+            raise WeightsError(
+                f"config.json of this {model_type} model has no {', '.join(missing)}: "
+                "expected the complete config.json that belongs to the weights."
+            )
+        if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+            raise WeightsError(
+                f"config.json has hidden_act {activation!r}; only 'silu' is supported."
+            )
+        values = {**_DEFAULTS[model_type], **config}
+        heads = values["num_attention_heads"]
+        attention_bias = bool(values.get("attention_bias")) and model_type in ("llama", "qwen3")
+        return cls(
+            **{key: int(values[key]) for key in _REQUIRED},
+            num_key_value_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+            max_position_embeddings=values["max_position_embeddings"],
+            rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+            tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+            qkv_bias=model_type == "qwen2" or attention_bias,
+            o_bias=attention_bias,
+            mlp_bias=model_type == "llama" and bool(values.get("mlp_bias")),
+            qk_norm=model_type == "qwen3",
+            model_type=model_type,
+            **_hf_rope(values),
+            **_hf_windows(values),
+        )
+
+    @classmethod
+    def from_gguf(
+        cls,
+        metadata: Mapping[str, Any],
+        *,
+        tie_word_embeddings: bool = True,
+        rope_factors: tuple[float, ...] | None = None,
+    ) -> "LlamaConfig":
+        """Reads GGUF metadata (`llama.block_count` and so on).
+
+        Two facts are in a GGUF file's tensors and not in its metadata, so the caller has to say
+        them.
+
+        Args:
+          metadata: keys as in the file, values as plain Python objects.
+          tie_word_embeddings: the file has no tensor `output.weight`.
+          rope_factors: the values of the tensor `rope_freqs.weight` (Llama 3.1 and later), if the
+            file has one.
+
+        Raises:
+          WeightsError: the architecture or its RoPE scaling is not supported, or sizes are missing.
+
+        >>> LlamaConfig.from_gguf({"general.architecture": "llama", "llama.block_count": 2,
+        ...     "llama.vocab_size": 8, "llama.embedding_length": 8,
+        ...     "llama.feed_forward_length": 16, "llama.context_length": 64,
+        ...     "llama.attention.head_count": 2,
+        ...     "llama.attention.layer_norm_rms_epsilon": 1e-5}).head_dim
+        4
+        """
+        arch = metadata.get("general.architecture")
+        # Mistral is written as the architecture llama; a dense model has no expert_count, or 0.
+        if arch not in ("llama", "qwen2", "qwen3") or metadata.get(f"{arch}.expert_count"):
+            raise _unsupported(f"the GGUF file has general.architecture {arch!r}", metadata, arch)
+        heads = _gguf(metadata, arch, "attention.head_count")
+        hidden = _gguf(metadata, arch, "embedding_length")
+        head_dim = metadata.get(f"{arch}.attention.key_length") or hidden // heads
+        if metadata.get(f"{arch}.rope.dimension_count", head_dim) != head_dim:
+            raise WeightsError(
+                f"the GGUF file rotates {metadata[f'{arch}.rope.dimension_count']} of {head_dim} "
+                "dimensions of a head; partial rotary embeddings are not supported."
+            )
+        vocab_size = metadata.get(f"{arch}.vocab_size") or len(
+            metadata.get("tokenizer.ggml.tokens", ())
+        )
+        return cls(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=_gguf(metadata, arch, "feed_forward_length"),
+            num_hidden_layers=_gguf(metadata, arch, "block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=metadata.get(f"{arch}.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=_gguf(metadata, arch, "context_length"),
+            rms_norm_eps=float(_gguf(metadata, arch, "attention.layer_norm_rms_epsilon")),
+            rope_theta=float(metadata.get(f"{arch}.rope.freq_base", 10000.0)),
+            rope_scaling=_gguf_rope_scaling(metadata, arch, rope_factors),
+            tie_word_embeddings=tie_word_embeddings,
+            qkv_bias=arch == "qwen2",
+            qk_norm=arch == "qwen3",
+            sliding_window=metadata.get(f"{arch}.attention.sliding_window") or None,
+            model_type=arch,
+        )
+
+
+def _unsupported(
+    found: str, metadata: Mapping[str, Any] | None = None, arch: str | None = None
+) -> WeightsError:
+    if metadata and (experts := metadata.get(f"{arch}.expert_count")):
+        found += f" with {experts} experts"
+    return WeightsError(
+        f"{found}, which is not supported. Supported are dense decoders of the families "
+        f"{', '.join(SUPPORTED)} (Llama 1 to 3.2, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3); "
+        "mixtures of experts are not."
+    )
+
+
+def _hf_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling, from the keys of transformers 4 or 5."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    if (rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise WeightsError("config.json sets partial_rotary_factor, which is not supported.")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        scaling = None
+    elif kind == "linear":
+        scaling = RopeScaling("linear", factor=float(rope["factor"]))
+    elif kind == "llama3":
+        scaling = RopeScaling(
+            "llama3",
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_max_position_embeddings=int(
+                rope.get("original_max_position_embeddings") or values["max_position_embeddings"]
+            ),
+        )
+    else:
+        raise WeightsError(
+            f"config.json has RoPE scaling {kind!r}; supported: 'default', 'linear', 'llama3'."
+        )
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _hf_windows(values: Mapping[str, Any]) -> dict[str, Any]:
+    """sliding_window and full_attention_layers.
+
+    Mistral uses its window in every layer. Qwen2 and Qwen3 state one that is off unless
+    `use_sliding_window`, and then holds from layer `max_window_layers` on, unless `layer_types`
+    lists the layers one by one.
+    """
+    window, layers = values.get("sliding_window"), range(values["num_hidden_layers"])
+    family = values["model_type"]
+    if family == "llama" or not window:
+        return {}
+    if family == "mistral":
+        return {"sliding_window": window}
+    if not values.get("use_sliding_window"):
+        return {}
+    types = values.get("layer_types")
+    if types is not None:
+        full = tuple(i for i in layers if types[i] == "full_attention")
+    else:
+        full = tuple(i for i in layers if i < values["max_window_layers"])
+    if len(full) == len(layers):
+        return {}
+    return {"sliding_window": window, "full_attention_layers": full}
+
+
+def _gguf(metadata: Mapping[str, Any], arch: str, key: str) -> Any:
+    value = metadata.get(f"{arch}.{key}")
+    if value is None:
+        raise WeightsError(f"the GGUF file's metadata has no {arch}.{key}: the file is incomplete.")
+    if isinstance(value, list | tuple):
+        raise WeightsError(
+            f"the GGUF file's {arch}.{key} differs between layers ({value}); only models whose "
+            "layers all have the same shape are supported."
+        )
+    return value
+
+
+def _gguf_rope_scaling(
+    metadata: Mapping[str, Any], arch: str, factors: tuple[float, ...] | None
+) -> RopeScaling | None:
+    if factors is not None:
+        return RopeScaling("factors", factors=tuple(float(x) for x in factors))
+    kind = metadata.get(f"{arch}.rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", factor=float(metadata[f"{arch}.rope.scaling.factor"]))
+    raise WeightsError(
+        f"the GGUF file has RoPE scaling {kind!r}; supported are 'none' and 'linear'."
+    )

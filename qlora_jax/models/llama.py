@@ -1,0 +1,251 @@
+"""The Llama decoder and its relatives, as one plain Flax NNX model.
+
+    x = embed(tokens)
+    for each layer:  x += attention(norm(x));  x += down(silu(gate(norm(x))) * up(norm(x)))
+    logits = head(norm(x))
+
+The layers are one module whose variables carry a leading layer axis, and `jax.lax.scan` walks over
+it: program size and compile time do not grow with depth. The scan splits the module into its graph
+  and its state and puts
+it together again inside, so it does not matter what the linear layers are: whatever is callable on
+[..., in] and keeps its arrays under a leading layer axis can take the place of an `nnx.Linear`.
+State is read-only inside the scan; whatever a layer writes into its own variables there is dropped.
+
+Paths mirror Hugging Face's names: `layers.self_attn.q_proj.kernel` is
+`model.layers.{0..L-1}.self_attn.q_proj.weight`, transposed and stacked.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from qlora_jax.models.attention import Attention, KVCache, attention_mask
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.rope import inverse_frequencies, rope_tables
+
+# What the backward pass finds stored, beside the input of every layer. The rest it computes again.
+REMAT_POLICIES: dict[str, Callable | None] = {
+    # Nothing: the least memory, one more forward pass.
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # The outputs of the linear layers whose value the backward pass needs: norms, rotation, softmax
+    # and activation are computed again, no weight is multiplied (or dequantized) a second time.
+    "projections": jax.checkpoint_policies.save_only_these_names(
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
+    ),
+    # The outputs of all matrix products without a batch axis, adapters' included.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class MLP(nnx.Module):
+    """The gated MLP: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+        def linear(features_in: int, features_out: int) -> nnx.Linear:
+            return nnx.Linear(
+                features_in,
+                features_out,
+                use_bias=config.mlp_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies the MLP to every token."""
+        gate = checkpoint_name(self.gate_proj(x), "gate_proj")
+        up = checkpoint_name(self.up_proj(x), "up_proj")
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        norm = dict(eps=config.rms_norm_eps, param_dtype=param_dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.self_attn = Attention(config, **kwargs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.mlp = MLP(config, **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], *attention_args
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """One layer; `attention_args` go to `Attention` behind the normalised input."""
+        y, cache = self.self_attn(self.input_layernorm(x), *attention_args)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Llama(nnx.Module):
+    """A decoder-only language model of the Llama, SmolLM2, Mistral, Qwen2 or Qwen3 family.
+
+    Args:
+      config: the model's shape.
+      rngs: stream "params" for the random initial weights. For a model without memory, wrap the
+        call in `nnx.eval_shape`.
+      dtype: dtype of the computation and of the cache. Norm statistics, rotations, softmax and
+        logits are in float32 whatever it is.
+      param_dtype: dtype of the initial weights.
+      remat: what is stored for the backward pass: "none" (everything; no recomputation) or a key of
+        `REMAT_POLICIES`.
+
+    >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16, head_dim=4,
+    ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    >>> model = Llama(config, rngs=nnx.Rngs(0))
+    >>> model.layers.self_attn.q_proj.kernel.shape
+    (2, 8, 8)
+    >>> model(jnp.array([[1, 2, 3]])).shape
+    (1, 3, 16)
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: str = "full",
+    ):
+        if remat != "none" and remat not in REMAT_POLICIES:
+            raise ValueError(f"{remat=} must be 'none' or one of {sorted(REMAT_POLICIES)}")
+        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap
+        def stacked_layers(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+        self.layers = stacked_layers(rngs)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
+        if config.tie_word_embeddings:
+            self.lm_head = None
+        else:
+            self.lm_head = nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                preferred_element_type=jnp.float32,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], KVCache]:
+        """Next-token logits.
+
+        Args:
+          tokens: token ids.
+          positions: position of each token in its own sequence; counted along the row when left
+            out.
+          segment_ids: tokens see only tokens with the same id; 0 is padding. One segment a row when
+            left out.
+          cache: what came before. There must be room for T more tokens (under `jit` this cannot be
+            checked).
+
+        Returns:
+          float32 logits; with a cache, the pair of logits and the cache with the new tokens in it.
+        """
+        if cache is None:
+            return self.head(
+                self.hidden_states(tokens, positions=positions, segment_ids=segment_ids)
+            )
+        hidden, cache = self.hidden_states(
+            tokens, positions=positions, segment_ids=segment_ids, cache=cache
+        )
+        return self.head(hidden), cache
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], KVCache]:
+        """The normalised output of the last layer; arguments and cache as in `__call__`.
+
+        With `head` applied to a piece of it at a time, the logits of a whole batch need never
+        exist.
+        """
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        slots = start + jnp.arange(tokens.shape[1])
+        if positions is None:
+            positions = jnp.broadcast_to(slots, tokens.shape)
+        if cache is not None:
+            if segment_ids is None:
+                segment_ids = jnp.ones_like(tokens)
+            cache = cache.append_segments(segment_ids)
+        masks = self._masks(slots, segment_ids, cache)
+        config = self.config
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        rope = rope_tables(positions, frequencies)
+        x, cache = self._scan_layers(self.embed_tokens(tokens), rope, masks, cache)
+        x = self.norm(x)
+        return x if cache is None else (x, cache.advance(tokens.shape[1]))
+
+    def head(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """float32 logits of final-normed hidden states."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden).astype(jnp.float32)
+        embedding = self.embed_tokens.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch_size: int, max_len: int) -> KVCache:
+        """An empty cache with room for `max_len` tokens a row."""
+        return KVCache.empty(self.config, batch_size, max_len, self.dtype)
+
+    def _masks(
+        self, slots: Int[Array, " T"], segment_ids: Int[Array, "B T"] | None, cache: KVCache | None
+    ) -> tuple[Bool[Array, "B 1 T S"] | None, Bool[Array, "B 1 T S"] | None]:
+        """The masks of layers with full attention and with a window; None: nothing but causal."""
+        mixed = bool(self.config.full_attention_layers)
+        if segment_ids is None and not mixed:
+            return None, None
+        if segment_ids is None:
+            segment_ids = jnp.ones((1, slots.shape[0]), jnp.int32)
+        key_segments = segment_ids if cache is None else cache.segment_ids
+        windowed = attention_mask(slots, segment_ids, key_segments, self.config.sliding_window)
+        if not mixed:
+            return windowed, windowed
+        return attention_mask(slots, segment_ids, key_segments), windowed
+
+    def _scan_layers(self, x, rope, masks, cache):
+        config = self.config
+        graphdef, state = nnx.split(self.layers)
+        full, windowed = masks
+        indices = jnp.arange(config.num_hidden_layers)
+        is_full = jnp.isin(indices, jnp.array(config.full_attention_layers, jnp.int32))
+
+        def body(carry, scanned):
+            x, cache = carry
+            state, layer, is_full = scanned
+            mask = windowed if full is windowed else jnp.where(is_full, full, windowed)
+            return nnx.merge(graphdef, state)(x, rope, mask, cache, layer), None
+
+        if cache is None and self.remat != "none":
+            # Inside a scan the compiler cannot merge recomputation and forward pass anyway.
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (state, indices, is_full))
+        return x, cache

