@@ -1,0 +1,1 @@
+"""`quantize_4bit`: the public function is in `api.py`, its plain meaning in `xla.py`."""
