@@ -51,6 +51,7 @@ def matmul_4bit(
     Raises:
         ValueError: unknown format, or `x.shape[-1] != shape[1]`.
 
+    >>> from jax import numpy as jnp
     >>> from pallas_kernels.quantize_4bit.api import quantize_4bit
     >>> w = jnp.eye(4)
     >>> matmul_4bit(jnp.ones((2, 4)), *quantize_4bit(w), shape=(4, 4)).tolist()
