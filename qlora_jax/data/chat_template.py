@@ -77,7 +77,7 @@ def render_chat_template(
         ValueError,
     ) as error:
         roles = ", ".join(str(message.get("role")) for message in messages[:8]) or "none"
-        reason = str(error) or type(error).__name__
+        reason = str(error).rstrip(".") or type(error).__name__
         raise DataError(
             f"the chat template refused the conversation (roles: {roles}): {reason}. "
             "Each message needs the role and content that the model's template expects."
