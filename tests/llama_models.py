@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import re
 
 import gguf
 import jax.numpy as jnp
@@ -157,6 +158,8 @@ def _llama2c_pieces() -> list[bytes]:
     raw, pieces, offset = (SHARED_MODELS / "tok512.bin").read_bytes(), [], 4
     while offset < len(raw):
         length = int.from_bytes(raw[offset + 4 : offset + 8], "little")
-        pieces.append(raw[offset + 8 : offset + 8 + length])
+        piece = raw[offset + 8 : offset + 8 + length]
+        byte = re.fullmatch(rb"<0x([0-9A-F]{2})>", piece)
+        pieces.append(bytes.fromhex(byte[1].decode()) if byte else piece)
         offset += 8 + length
     return pieces

@@ -1,0 +1,277 @@
+"""Text from a model: batched prompts of different lengths, a key-value cache, one compilation.
+
+Prompts are padded on the left to a power of two, so that the last token of every row is in the same
+place, and run through the model once (prefill). Then a compiled loop makes one token for every row
+at a time and stops when all rows have ended; every `CHUNK` tokens it comes back to Python, which is
+where an interrupt is noticed. Padded prompt, cache and chunk have sizes from a short list ("shape
+buckets"), and everything else that changes from call to call is an argument of the compiled
+programs, so that a new prompt does not compile again.
+
+`model` is any NNX module with the interface of `qlora_jax.models.llama.Llama`, with adapters or
+not. Dropout is off while generating, whatever mode the model is in, and the model is not changed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.models.attention import KVCache
+from qlora_jax.sampling import Sampling, greedy_tokens, sample_tokens
+
+Prompt = str | Sequence[Mapping[str, str]]
+
+CHUNK = 32
+_SHORTEST_PROMPT_BUCKET = 16
+_SHORTEST_CACHE_BUCKET = 64
+
+
+def generate(
+    model: nnx.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Continues every prompt until the model ends or `max_new_tokens` are reached.
+
+    Args:
+      model: see the module.
+      tokenizer: the model's; its `eos_token_ids` end a reply.
+      prompts: each a text, which is continued as it is, or a conversation (a list of dicts with
+        "role" and "content"), which is written with the chat template and answered.
+      max_new_tokens: at most so many tokens a reply.
+      temperature: see `Sampling`.
+      top_k: see `Sampling`.
+      top_p: see `Sampling`.
+      seed: of the random choices. The i-th reply depends on the seed, i and the prompt only.
+
+    Returns:
+      The replies, without the prompts and without end tokens.
+
+    Raises:
+      ConfigError: a setting is out of range, or a prompt leaves no room for `max_new_tokens`.
+      DataError: a prompt cannot be used.
+
+    Example:
+      >>> generate(model, tokenizer, ["The capital of France is"])  # doctest: +SKIP
+      [' Paris.']
+    """
+    if isinstance(prompts, str | Mapping):
+        raise DataError("prompts must be a list of prompts; put this one into a list: [prompt].")
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    new_ids = generate_ids(
+        model,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=tokenizer.eos_token_ids,
+        sampling=Sampling(temperature, top_k, top_p),
+        seed=seed,
+    )
+    return [
+        _decode_text(tokenizer, prompt, before, after)
+        for prompt, before, after in zip(prompts, prompt_ids, new_ids, strict=True)
+    ]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The token ids a model has to see for a text or a conversation.
+
+    Args:
+      tokenizer: the model's.
+      prompt: see `generate`. An empty text is a text that begins: its only token is BOS.
+
+    Returns:
+      At least one id.
+
+    Raises:
+      DataError: an empty conversation, or an empty text and no BOS token; or a template's refusal.
+    """
+    if isinstance(prompt, Mapping):
+        raise DataError(
+            "a prompt is a text or a list of messages, got one message; put the conversation into "
+            "a list of its own: [[{'role': ..., 'content': ...}]]."
+        )
+    if not isinstance(prompt, str):
+        if not prompt:
+            raise DataError("a conversation needs at least one message, got an empty list.")
+        return tokenizer.encode(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
+    ids, bos = tokenizer.encode(prompt), tokenizer.bos_token_id
+    if not ids and bos is None:
+        raise DataError("the prompt is empty and the model has no BOS token: give some text.")
+    begins_with_bos = ids[:1] == [bos]
+    return [bos, *ids] if not ids or (tokenizer.add_bos_token and not begins_with_bos) else ids
+
+
+def _decode_text(tokenizer: Tokenizer, prompt: Prompt, before: list[int], after: list[int]) -> str:
+    """The reply's text; a text's continuation keeps a space that some tokenizers would drop."""
+    if isinstance(prompt, str):
+        start, whole = tokenizer.decode(before), tokenizer.decode([*before, *after])
+        if whole.startswith(start):
+            return whole[len(start) :]
+    return tokenizer.decode(after)
+
+
+def generate_ids(
+    model: nnx.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    eos_token_ids: Sequence[int] = (),
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """`generate` for token ids.
+
+    Args:
+      model: see the module.
+      prompt_ids: one non-empty list of ids for each prompt.
+      max_new_tokens: at most so many new ids a prompt.
+      eos_token_ids: ids that end a reply.
+      sampling: how to choose; None is greedy.
+      seed: of the random choices.
+
+    Returns:
+      The new ids of each prompt, without the end token.
+
+    Raises:
+      ConfigError: a setting is out of range, or a prompt leaves no room for `max_new_tokens`.
+    """
+    sampling = sampling or Sampling()
+    sampling.validate()
+    _check_lengths(prompt_ids, max_new_tokens, model.config.max_position_embeddings)
+    if not prompt_ids:
+        return []
+    model = nnx.merge(*nnx.split(model))  # a copy that shares the arrays
+    model.eval()
+    graphdef, state = nnx.split(model)
+
+    tokens, lengths = pad_left(prompt_ids)
+    cache_len = _bucket(tokens.shape[1] + max_new_tokens, _SHORTEST_CACHE_BUCKET)
+    # No token has the id -1: without an end token only the limit ends a reply.
+    eos = jnp.asarray(list(eos_token_ids) or [-1], jnp.int32)
+    choice = (sampling.as_arrays(), jax.random.key(seed), eos)
+    greedy = sampling.greedy
+    run = _prefill(graphdef, state, tokens, lengths, *choice, cache_len=cache_len, greedy=greedy)
+    columns = [np.array(run.token)[:, None]]  # a copy: the next chunk is given the buffer
+    for start in range(1, max_new_tokens, CHUNK):
+        if np.array(run.finished).all():
+            break
+        limit = min(CHUNK, max_new_tokens - start)
+        run, chunk = _decode_chunk(graphdef, state, run, *choice, limit, greedy=greedy)
+        columns.append(np.asarray(chunk)[:, :limit])
+    return [_until_end(row, eos_token_ids) for row in np.concatenate(columns, axis=1).tolist()]
+
+
+def pad_left(
+    prompt_ids: Sequence[Sequence[int]],
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """Prompts in one array whose width is a power of two, and their lengths.
+
+    >>> tokens, lengths = pad_left([[5, 6], [7]])
+    >>> tokens[:, -3:].tolist(), tokens.shape, lengths.tolist()
+    ([[0, 5, 6], [0, 0, 7]], (2, 16), [2, 1])
+    """
+    lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
+    tokens = np.zeros((len(prompt_ids), _bucket(lengths.max(), _SHORTEST_PROMPT_BUCKET)), np.int32)
+    for row, ids in zip(tokens, prompt_ids, strict=True):
+        row[-len(ids) :] = ids
+    return tokens, lengths
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The state of a batch between two tokens."""
+
+    cache: KVCache
+    token: Int[Array, " B"]  # the last one chosen, which the model has not seen yet
+    position: Int[Array, " B"]  # of that token
+    finished: Bool[Array, " B"]
+    step: Int[Array, ""]  # tokens chosen so far
+
+
+def _choose(logits, step, key, sampling: Sampling, greedy: bool) -> Int[Array, " B"]:
+    if greedy:
+        return greedy_tokens(logits)
+    rows = jnp.arange(logits.shape[0])
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(rows)
+    return sample_tokens(logits, keys, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "cache_len", "greedy"))
+def _prefill(graphdef, state, tokens, lengths, sampling, key, eos, *, cache_len, greedy) -> _Run:
+    """Runs the prompts through the model and chooses the first token of every reply."""
+    model = nnx.merge(graphdef, state)
+    batch, width = tokens.shape
+    positions = jnp.arange(width) - (width - lengths)[:, None]
+    hidden, cache = model.hidden_states(
+        tokens,
+        positions=jnp.maximum(positions, 0),
+        segment_ids=(positions >= 0).astype(jnp.int32),
+        cache=model.init_cache(batch, cache_len),
+    )
+    step = jnp.zeros((), jnp.int32)
+    token = _choose(model.head(hidden[:, -1]), step, key, sampling, greedy)
+    return _Run(cache, token, position=lengths, finished=jnp.isin(token, eos), step=step + 1)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "greedy"), donate_argnames=("run",))
+def _decode_chunk(
+    graphdef, state, run: _Run, sampling, key, eos, limit, *, greedy
+) -> tuple[_Run, Int[Array, "B chunk"]]:
+    """Chooses up to `limit` more tokens a row; what follows the end of a row is end tokens."""
+
+    def unfinished(carry):
+        run, _, count = carry
+        return (count < limit) & ~run.finished.all()
+
+    def one_token(carry):
+        run, chunk, count = carry
+        model = nnx.merge(graphdef, state)
+        positions = run.position[:, None]
+        logits, cache = model(run.token[:, None], positions=positions, cache=run.cache)
+        token = _choose(logits[:, -1], run.step, key, sampling, greedy)
+        token = jnp.where(run.finished, eos[0], token)
+        finished = run.finished | jnp.isin(token, eos)
+        run = _Run(cache, token, run.position + 1, finished, run.step + 1)
+        return run, jax.lax.dynamic_update_slice(chunk, token[:, None], (0, count)), count + 1
+
+    chunk = jnp.broadcast_to(eos[0], (run.token.shape[0], CHUNK))
+    run, chunk, _ = jax.lax.while_loop(unfinished, one_token, (run, chunk, 0))
+    return run, chunk
+
+
+def _until_end(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:
+    ends = [i for i, token in enumerate(ids) if token in eos_token_ids]
+    return ids[: ends[0]] if ends else ids
+
+
+def _bucket(size: int, shortest: int) -> int:
+    """The next power of two, from `shortest` on."""
+    return max(shortest, 1 << (int(size) - 1).bit_length())
+
+
+def _check_lengths(prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, limit: int) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for i, ids in enumerate(prompt_ids):
+        if not len(ids):
+            raise DataError(f"prompt {i} has no tokens.")
+        if len(ids) + max_new_tokens > limit:
+            raise ConfigError(
+                f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is "
+                f"more than the {limit} tokens the model can see. Shorten the prompt or lower "
+                "max_new_tokens."
+            )
