@@ -7,9 +7,12 @@ Where there is colour, loss is green; where there is none (a pipe, a log file), 
 from collections.abc import Sequence
 
 import numpy as np
+from rich.console import Console
 from rich.text import Text
 
 from qlora_jax.data.masking import ChatTokenizer, Example
+from qlora_jax.data.report import DataReport
+from qlora_jax.data.stats import summarize
 
 LOSS_STYLE = "bold green"
 CONTEXT_STYLE = "dim"
@@ -93,18 +96,62 @@ def length_histogram(lengths: Sequence[int], *, bins: int = 10, width: int = 40)
      3-10 | ####   2
     11-18 | ###### 3
     19-26 |        0
-    27-34 | ##     1
+    27-31 | ##     1
     """
     low, high = min(lengths), max(lengths)
     step = (high - low) // bins + 1
     edges = list(range(low, high + 1, step))
     counts = np.bincount((np.asarray(lengths) - low) // step, minlength=len(edges)).tolist()
-    digits = len(str(edges[-1] + step - 1))
+    digits = len(str(high))
     unit = max(counts) / width
     lines = []
     for edge, count in zip(edges, counts, strict=True):
         # Whatever is there is seen: a bar of a small count has at least one character.
         bar = "#" * max(round(count / unit), min(count, 1))
-        span = f"{edge:>{digits}}-{edge + step - 1:<{digits}}"
+        span = f"{edge:>{digits}}-{min(edge + step - 1, high):<{digits}}"
         lines.append(f"{span} | {bar:<{width}} {count:,}")
     return lines
+
+
+def print_data(
+    examples: Sequence[Example],
+    report: DataReport,
+    tokenizer: ChatTokenizer,
+    *,
+    seq_len: int,
+    count: int = 3,
+    console: Console | None = None,
+) -> None:
+    """Prints some examples, the histogram of lengths, and the numbers.
+
+    Args:
+        examples: tokenized records, at least one.
+        report: what happened while they were read and tokenized.
+        tokenizer: decodes them.
+        seq_len: tokens of one row of a batch, for the share of padding.
+        count: how many examples to print, spread evenly over the file.
+        console: where to; standard output by default.
+    """
+    console = console or Console(highlight=False)
+    color = console.color_system is not None and not console.no_color
+
+    def line(text: str | Text = "", style: str = "") -> None:
+        console.print(text, style=style, markup=False, soft_wrap=True)
+
+    count = min(count, len(examples))
+    line(Text.assemble(f"{count} of {len(examples):,} records; ", legend(color=color)))
+    for index in np.linspace(0, len(examples) - 1, count).round().astype(int):
+        example = examples[index]
+        facts = f"{len(example.tokens)} tokens, {int(example.loss_mask.sum())} with loss"
+        cut = ", truncated" if example.truncated else ""
+        line()
+        line(f"{example.record_id}: {facts}{cut}", style="bold")
+        line(colored_tokens(example, tokenizer, color=color))
+    line()
+    line("Length in tokens", style="bold")
+    for row in length_histogram([len(example.tokens) for example in examples]):
+        line(f"  {row}")
+    line()
+    line("In numbers", style="bold")
+    for row in [*report.lines(), *summarize(examples, seq_len).lines()]:
+        line(f"  {row}")

@@ -123,10 +123,10 @@ def tokenize_records(
         )
     if train_on not in ("assistant", "all"):
         raise DataError(f"train_on={train_on!r} is not one of assistant, all")
-    own_report = report is None
-    report = report or DataReport()
+    records, own_report = list(records), report is None
+    report = report or DataReport(records=len(records))
     examples: list[Example] = []
-    first_dropped: list[Turn] = []
+    dropped: list[tuple[str, list[Turn]]] = []
     for record in records:
         try:
             turns = record_turns(record, tokenizer, train_on)
@@ -137,13 +137,14 @@ def tokenize_records(
             continue
         example = assemble(turns, max_len, record.record_id)
         if not example.loss_mask.any():
-            first_dropped = first_dropped or turns
-            report.drop(f"{record.record_id}: {_why_no_loss(turns, max_len)}")
+            reason = f"{record.record_id}: {_why_no_loss(turns, max_len)}"
+            report.drop(reason)
+            dropped.append((reason, turns))
             continue
         report.truncated += example.truncated
         examples.append(example)
-    if not examples and first_dropped:
-        raise DataError(_nothing_to_learn(first_dropped, tokenizer, report))
+    if not examples and dropped:
+        raise DataError(_nothing_to_learn(*dropped[0], len(dropped), tokenizer))
     if own_report:
         report.log()
     return examples
@@ -159,6 +160,9 @@ def record_turns(record: Record, tokenizer: ChatTokenizer, train_on: TrainOn) ->
         return [
             _whole(_with_bos(tokenizer.encode(record.text), tokenizer), tokenizer, add_end=True)
         ]
+    if tokenizer.chat_template and train_on == "all":
+        text = _render(record.messages, tokenizer)
+        return [_whole(tokenizer.encode(text), tokenizer, add_end=False)]
     if tokenizer.chat_template:
         text, spans = render_spans(record.messages, tokenizer)
         pieces = encode_pieces(text, spans, tokenizer)
@@ -352,13 +356,15 @@ def _why_no_loss(turns: Sequence[Turn], max_len: int) -> str:
     return "tokens: found a single token, need at least two to predict one from the other"
 
 
-def _nothing_to_learn(turns: Sequence[Turn], tokenizer: ChatTokenizer, report: DataReport) -> str:
+def _nothing_to_learn(
+    reason: str, turns: Sequence[Turn], count: int, tokenizer: ChatTokenizer
+) -> str:
     ids = [*turns[0].context, *turns[0].target]
     sample = tokenizer.decode(ids[:200], skip_special_tokens=False)
     return "\n".join(
         [
-            f"no token of any of the {report.dropped} records carries loss; the first of them:",
-            *(f"  {message}" for message in report.samples[:1]),
+            f"no token of any of the {count} records carries loss; the first of them:",
+            f"  {reason}",
             *(f"  | {line}" for line in sample.splitlines()[:12]),
             "raise max_len (data.max_len) or shorten the prompts",
         ]

@@ -74,22 +74,30 @@ def load_records(
     own_report = report is None
     report = report or DataReport()
     records: list[Record] = []
+    problems: list[str] = []
     for where, item in _open_reader(path, format):
         if isinstance(item, Record):
             records.append(item)
         elif on_bad_record == "error":
             raise DataError(f"{where}: {item}")
         else:
-            report.skip(f"{where}: {item}")
+            problems.append(f"{where}: {item}")
+            report.skip(problems[-1])
         if max_records and len(records) >= max_records:
             break
     report.records += len(records)
     if not records:
-        reasons = "\n".join(["", *(f"  {sample}" for sample in report.samples)])
-        raise DataError(f"{path}: no record can be used; {report.skipped} were bad{reasons}")
+        raise DataError(_no_record(path, problems))
     if own_report:
         report.log()
     return records
+
+
+def _no_record(path: pathlib.Path, problems: list[str]) -> str:
+    if not problems:
+        return f"{path} holds nothing but blank lines, need JSON Lines with {_NEED_KEYS}"
+    head = f"{path}: all {len(problems)} records are bad; the first of them:"
+    return "\n".join([head, *(f"  {problem}" for problem in problems[:3])])
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,0 +1,68 @@
+"""Shows what a model would be trained on: records, loss-carrying tokens, lengths, padding.
+
+    python scripts/inspect_data.py --config=configs/smollm2_135m.py
+    python scripts/inspect_data.py --data=train.jsonl --model=path/to/model
+
+No weight is read, only the model's tokenizer and chat template.
+"""
+
+from absl import flags
+
+from qlora_jax import command_line, config
+from qlora_jax.data.display import print_data
+from qlora_jax.data.masking import tokenize_records
+from qlora_jax.data.records import load_records
+from qlora_jax.data.report import DataReport
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import ConfigError
+from qlora_jax.files import resolve_path
+from qlora_jax.weights import open_checkpoint
+
+_CONFIG = command_line.define_config(required=False)
+_DATA = flags.DEFINE_string("data", None, "a data file; takes the place of config.data.path")
+_MODEL = flags.DEFINE_string("model", None, "a model; takes the place of config.model.path")
+_FORMAT = flags.DEFINE_string("format", None, "takes the place of config.data.format")
+_MAX_LEN = flags.DEFINE_integer("max_len", None, "takes the place of config.data.max_len")
+_TRAIN_ON = flags.DEFINE_string("train_on", None, "takes the place of config.data.train_on")
+_NUM = flags.DEFINE_integer("num", 3, "records to print", lower_bound=0)
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Reads only the tokenizer of a model: of a GGUF file, or of a Hugging Face folder."""
+    path = resolve_path(spec)
+    if path.is_dir() or path.suffix == ".json":
+        return Tokenizer.from_file(path)
+    return Tokenizer.from_gguf(open_checkpoint(path).config)
+
+
+def main() -> None:
+    """Reads, tokenizes and prints."""
+    settings = config.get_config() if _CONFIG.value is None else _CONFIG.value
+    data = settings.data
+    given = {"path": _DATA, "format": _FORMAT, "max_len": _MAX_LEN, "train_on": _TRAIN_ON}
+    data.update({name: flag.value for name, flag in given.items() if flag.value is not None})
+    model = _MODEL.value or settings.model.path
+    if not data.path or not model:
+        raise ConfigError("need --config=file.py, or both --data=file.jsonl and --model=path")
+    tokenizer = load_tokenizer(model)
+    report = DataReport()
+    records = load_records(
+        data.path,
+        data.format,
+        on_bad_record=data.on_bad_record,
+        max_records=data.max_records,
+        report=report,
+    )
+    examples = tokenize_records(
+        records,
+        tokenizer,
+        data.max_len,
+        train_on=data.train_on,
+        on_bad_record=data.on_bad_record,
+        report=report,
+    )
+    print_data(examples, report, tokenizer, seq_len=data.max_len, count=_NUM.value)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,227 @@
+"""Loss masks: exact for every template, and truncation that keeps the end token."""
+
+import fake_tokenizer as fake
+import numpy as np
+import pytest
+from fake_tokenizer import FakeTokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_jax.data.formats import Record
+from qlora_jax.data.masking import Turn, assemble, encode_pieces, tokenize_records
+from qlora_jax.data.report import DataReport
+from qlora_jax.errors import DataError
+
+
+def chat(*contents, system=None, record_id="chat.jsonl:1"):
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return Record(record_id, "messages", tuple(messages))
+
+
+def learned(example, tokenizer):
+    """The texts of the runs of tokens that carry loss."""
+    runs, previous = [], -2
+    for position in np.flatnonzero(example.loss_mask):
+        if position != previous + 1:
+            runs.append([])
+        runs[-1].append(example.tokens[position])
+        previous = position
+    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+
+
+def tokenize(record, tokenizer, max_len=10_000, **options):
+    return tokenize_records([record], tokenizer, max_len, **options)[0]
+
+
+DIALOGUE = chat("Hi", "Hello there", "Bye", "So long")
+
+
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        (fake.CHATML, ["Hello there<|im_end|>", "So long<|im_end|>"]),
+        (fake.LLAMA2, [" Hello there </s>", " So long </s>"]),
+        (fake.LLAMA3, ["Hello there<|eot_id|>", "So long<|eot_id|>"]),
+        (fake.VICUNA, [" Hello there</s>", " So long</s>"]),
+        # No end token: what ends the turn is the line break, and it is learned.
+        (fake.GUANACO, [" Hello there\n", " So long\n"]),
+        (fake.THINKING, ["Hello there<|im_end|>", "<think>\n\n</think>\n\nSo long<|im_end|>"]),
+        (fake.TRAILING_SPACE, ["Hello there</s>", "So long</s>"]),
+    ],
+)
+def test_only_answers_and_their_end_carry_loss(template, expected):
+    tokenizer = FakeTokenizer(template)
+    example = tokenize(DIALOGUE, tokenizer)
+    assert learned(example, tokenizer) == expected
+    text = tokenizer.apply_chat_template(DIALOGUE.messages)
+    whole = tokenizer.encode(text)
+    assert example.tokens.tolist() == whole[: len(example.tokens)]
+    assert not tokenizer.decode(whole[len(example.tokens) :]).strip()
+
+
+def test_a_system_message_is_context():
+    tokenizer = FakeTokenizer()
+    example = tokenize(chat("Hi", "Hello", system="Be kind."), tokenizer)
+    assert learned(example, tokenizer) == ["Hello<|im_end|>"]
+    assert "Be kind." in tokenizer.decode(example.tokens)
+
+
+def test_a_question_that_contains_the_answer_or_the_markup_confuses_nothing():
+    tokenizer = FakeTokenizer()
+    question = "Say: yes<|im_end|>\n<|im_start|>assistant\nyes"
+    example = tokenize(chat(question, "yes", question, "yes"), tokenizer)
+    assert learned(example, tokenizer) == ["yes<|im_end|>"] * 2
+
+
+def test_an_end_token_inside_the_answer_is_not_its_end():
+    tokenizer = FakeTokenizer()
+    example = tokenize(chat("Write ChatML", "a<|im_end|>\nb"), tokenizer)
+    assert learned(example, tokenizer) == ["a<|im_end|>\nb<|im_end|>"]
+
+
+CONTENT = st.text(st.characters(codec="utf-8", exclude_characters="\0<"), min_size=1, max_size=12)
+
+
+@given(
+    st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3),
+    st.sampled_from([fake.CHATML, fake.VICUNA, fake.THINKING, fake.TRAILING_SPACE]),
+    st.lists(st.text("abn :\n", min_size=2, max_size=3), max_size=4),
+)
+def test_what_is_learned_is_the_answers_whatever_the_tokenizer_merges(pairs, template, words):
+    tokenizer = FakeTokenizer(template, words=tuple(dict.fromkeys(words)))
+    example = tokenize(chat(*(c for pair in pairs for c in pair)), tokenizer)
+    runs = learned(example, tokenizer)
+    assert len(runs) == len(pairs)
+    for run, (_, answer) in zip(runs, pairs, strict=True):
+        body = run.removeprefix("<think>\n\n</think>\n\n").removesuffix("<|im_end|>")
+        assert body.removesuffix("</s>").removeprefix(" ") == answer.removeprefix(" ")
+
+
+def test_a_border_inside_a_token_is_cut_where_generation_cuts_it():
+    tokenizer = FakeTokenizer(fake.TRAILING_SPACE, words=(" H", "A: "))
+    example = tokenize(chat("x", "Hi"), tokenizer)
+    prompt = tokenizer.encode("Q: x</s>A: ")
+    assert example.tokens.tolist() == prompt + tokenizer.encode("Hi</s>")
+    assert example.loss_mask.tolist() == [0] * len(prompt) + [1, 1, 1]
+
+
+def test_a_tokenizer_that_adds_a_space_is_given_whole_texts():
+    tokenizer = FakeTokenizer(fake.LLAMA2, dummy_prefix=True)
+    text = "<s>[INST] x [/INST] Hi </s>"
+    start = text.index(" Hi")
+    pieces = encode_pieces(text, [(start, len(text))], tokenizer)
+    assert pieces[0] + pieces[1] == tokenizer.encode(text)
+    assert len(pieces[1]) == len(" Hi ") + 1
+
+
+def test_a_border_that_cannot_be_encoded_is_refused():
+    tokenizer = FakeTokenizer(fake.TRAILING_SPACE, words=(" H",), dummy_prefix=True)
+    with pytest.raises(DataError, match="chat.jsonl:1: messages: found a border .* inside a token"):
+        tokenize(chat("x", "Hi"), tokenizer)
+
+
+def test_a_template_that_is_not_prefix_stable_is_refused_with_the_way_out():
+    tokenizer = FakeTokenizer(fake.UNSTABLE)
+    with pytest.raises(DataError, match=r'chat.jsonl:1: messages\[1\]: .*train_on="all"'):
+        tokenize(DIALOGUE, tokenizer)
+    example = tokenize(DIALOGUE, tokenizer, train_on="all")
+    assert example.loss_mask.tolist() == [0] + [1] * (len(example.tokens) - 1)
+
+
+def test_a_template_that_refuses_a_record_names_it_or_is_skipped():
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer = FakeTokenizer(template + fake.CHATML)
+    bad = chat("Hi", "Hello", system="x", record_id="chat.jsonl:7")
+    with pytest.raises(DataError, match=r"chat.jsonl:7: messages: .*no system"):
+        tokenize(bad, tokenizer)
+    report = DataReport()
+    records = [DIALOGUE, bad]
+    examples = tokenize_records(records, tokenizer, 100, on_bad_record="skip", report=report)
+    assert len(examples) == 1
+    assert report.skipped == 1 and "chat.jsonl:7" in report.samples[0]
+
+
+def test_train_on_all_spares_only_the_first_token():
+    tokenizer = FakeTokenizer()
+    example = tokenize(DIALOGUE, tokenizer, train_on="all")
+    assert example.loss_mask[0] == 0 and example.loss_mask[1:].all()
+    assert tokenizer.decode(example.tokens, skip_special_tokens=False).endswith("So long<|im_end|>")
+
+
+def test_prompt_and_completion_without_a_chat_template_are_joined():
+    record = Record("a.jsonl:1", "prompt_completion", chat("2+2=", "4").messages)
+    tokenizer = FakeTokenizer(None, add_bos_token=True)
+    example = tokenize(record, tokenizer)
+    assert tokenizer.decode(example.tokens, skip_special_tokens=False) == "<s>2+2=4<|im_end|>"
+    assert learned(example, tokenizer) == ["4<|im_end|>"]
+
+
+def test_a_conversation_without_a_chat_template_is_refused():
+    with pytest.raises(DataError, match="no chat template"):
+        tokenize(DIALOGUE, FakeTokenizer(None))
+
+
+def test_text_is_learned_whole_and_closed():
+    tokenizer = FakeTokenizer(add_bos_token=True)
+    example = tokenize(Record("a.jsonl:1", "text", text="abc"), tokenizer)
+    assert tokenizer.decode(example.tokens, skip_special_tokens=False) == "<s>abc<|im_end|>"
+    assert example.loss_mask.tolist() == [0, 1, 1, 1, 1]
+    short = tokenize(Record("a.jsonl:1", "text", text="abc"), tokenizer, max_len=3)
+    assert tokenizer.decode(short.tokens, skip_special_tokens=False) == "<s>a<|im_end|>"
+
+
+@pytest.mark.parametrize("max_len", range(3, 90))
+def test_truncation_keeps_the_end_token_and_whole_turns(max_len):
+    tokenizer = FakeTokenizer()
+    report = DataReport()
+    full = tokenize(DIALOGUE, tokenizer)
+    try:
+        example = tokenize(DIALOGUE, tokenizer, max_len=max_len, report=report)
+    except DataError:
+        assert max_len < len("xuser\nHix\nxassistant\n") + 2
+        return
+    assert len(example.tokens) <= max_len
+    assert example.tokens[-1] == tokenizer.eos_token_id and example.loss_mask[-1] == 1
+    assert example.truncated == (len(full.tokens) > max_len) == bool(report.truncated)
+    assert example.tokens[:-1].tolist() == full.tokens[: len(example.tokens) - 1].tolist()
+    answers = [text.removesuffix("<|im_end|>") for text in learned(example, tokenizer)]
+    for answer, whole in zip(answers, ["Hello there", "So long"], strict=False):
+        assert answer and whole.startswith(answer)
+
+
+def test_truncation_without_an_end_token_cuts_plainly():
+    example = assemble([Turn([1], [2, 3, 4], closed=False)], 3, "a:1")
+    assert example.tokens.tolist() == [1, 2, 3]
+    assert example.truncated
+
+
+def test_a_prompt_that_leaves_no_room_is_dropped_counted_and_reported():
+    tokenizer, report = FakeTokenizer(), DataReport()
+    long = chat("x" * 50, "y", record_id="chat.jsonl:2")
+    examples = tokenize_records([DIALOGUE, long], tokenizer, 60, report=report)
+    assert [example.record_id for example in examples] == ["chat.jsonl:1"]
+    assert report.dropped == 1
+    assert "chat.jsonl:2: tokens: found a prompt of 69" in report.samples[0]
+
+
+def test_a_set_without_any_loss_is_refused_with_a_sample():
+    with pytest.raises(DataError) as caught:
+        tokenize_records([chat("x" * 50, "y")] * 3, FakeTokenizer(), 40)
+    message = str(caught.value)
+    assert "no token of any of the 3 records carries loss" in message
+    assert "chat.jsonl:1: tokens: found a prompt of 69" in message
+    assert "| <|im_start|>user" in message and "raise max_len" in message
+
+
+@pytest.mark.parametrize("options", [{"max_len": 2}, {"max_len": 9, "train_on": "user"}])
+def test_impossible_settings_are_refused(options):
+    with pytest.raises(DataError, match=r"max_len=2|train_on='user'"):
+        tokenize(DIALOGUE, FakeTokenizer(), **options)
+
+
+def test_skips_are_logged_when_nobody_takes_the_report(caplog):
+    tokenize_records([DIALOGUE, chat("x" * 99, "y")], FakeTokenizer(), 60)
+    assert "2 records read, 0 skipped, 1 truncated, 1 dropped" in caplog.text
