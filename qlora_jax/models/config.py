@@ -35,6 +35,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
+_LINEAR_KEYS = ("factor",)
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
 SUPPORTED = tuple(_DEFAULTS)
 _REQUIRED = (
     "vocab_size",
@@ -126,6 +128,11 @@ class LlamaConfig:
                 f"config.json of this {model_type} model has no {', '.join(missing)}: "
                 "expected the complete config.json that belongs to the weights."
             )
+        for key in _REQUIRED:
+            if not isinstance(config[key], int):
+                raise WeightsError(
+                    f"config.json has {key} {config[key]!r}, which must be a whole number."
+                )
         if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise WeightsError(
                 f"config.json has hidden_act {activation!r}; only 'silu' is supported."
@@ -134,7 +141,7 @@ class LlamaConfig:
         heads = values["num_attention_heads"]
         attention_bias = bool(values.get("attention_bias")) and model_type in ("llama", "qwen3")
         return cls(
-            **{key: int(values[key]) for key in _REQUIRED},
+            **{key: values[key] for key in _REQUIRED},
             num_key_value_heads=values.get("num_key_value_heads") or heads,
             head_dim=values.get("head_dim") or values["hidden_size"] // heads,
             max_position_embeddings=values["max_position_embeddings"],
@@ -190,16 +197,19 @@ class LlamaConfig:
                 f"the GGUF file rotates {metadata[f'{arch}.rope.dimension_count']} of {head_dim} "
                 "dimensions of a head; partial rotary embeddings are not supported."
             )
-        vocab_size = metadata.get(f"{arch}.vocab_size") or len(
-            metadata.get("tokenizer.ggml.tokens", ())
-        )
+        vocab_size = metadata.get(f"{arch}.vocab_size")
+        vocab_size = vocab_size or len(metadata.get("tokenizer.ggml.tokens", ()))
+        if not vocab_size:
+            raise WeightsError(
+                f"the GGUF file's metadata has neither {arch}.vocab_size nor tokenizer.ggml.tokens."
+            )
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden,
             intermediate_size=_gguf(metadata, arch, "feed_forward_length"),
             num_hidden_layers=_gguf(metadata, arch, "block_count"),
             num_attention_heads=heads,
-            num_key_value_heads=metadata.get(f"{arch}.attention.head_count_kv", heads),
+            num_key_value_heads=_gguf(metadata, arch, "attention.head_count_kv", heads),
             head_dim=head_dim,
             max_position_embeddings=_gguf(metadata, arch, "context_length"),
             rms_norm_eps=float(_gguf(metadata, arch, "attention.layer_norm_rms_epsilon")),
@@ -232,6 +242,9 @@ def _hf_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     if (rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0) != 1.0:
         raise WeightsError("config.json sets partial_rotary_factor, which is not supported.")
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    needed = {"linear": _LINEAR_KEYS, "llama3": _LLAMA3_KEYS}.get(kind, ())
+    if missing := [key for key in needed if rope.get(key) is None]:
+        raise WeightsError(f"config.json has RoPE scaling {kind!r} without {', '.join(missing)}.")
     if kind == "default":
         scaling = None
     elif kind == "linear":
@@ -278,8 +291,8 @@ def _hf_windows(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": window, "full_attention_layers": full}
 
 
-def _gguf(metadata: Mapping[str, Any], arch: str, key: str) -> Any:
-    value = metadata.get(f"{arch}.{key}")
+def _gguf(metadata: Mapping[str, Any], arch: str, key: str, default: Any = None) -> Any:
+    value = metadata.get(f"{arch}.{key}", default)
     if value is None:
         raise WeightsError(f"the GGUF file's metadata has no {arch}.{key}: the file is incomplete.")
     if isinstance(value, list | tuple):
