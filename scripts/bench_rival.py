@@ -1,0 +1,152 @@
+"""The other side of the benchmark: transformers, peft and bitsandbytes.
+
+`scripts/bench.py` runs this file with a Python that has those packages; it needs nothing of this
+project. Everything is set as these libraries do it best: the default (SDPA) attention, no KV cache
+in training, no upcast of the embedding, non-reentrant checkpointing.
+
+    bench_rival.py prepare --gguf=FILE --model=DIR       the model as a Hugging Face folder, once
+    bench_rival.py train --model=DIR --tokens=FILE.npy --dtype=bfloat16 [--checkpointing]
+    bench_rival.py dequantize                            answers requests on standard input
+
+Results are lines of JSON on standard output; of `train` the same as from scripts/bench_ours.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import time
+
+import bitsandbytes as bnb
+import numpy as np
+import peft
+import torch
+import transformers
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def peak_rss() -> int:
+    """The most memory this process ever had resident, in bytes (Linux)."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def report(**result: object) -> None:
+    """Prints one line of JSON."""
+    print(json.dumps(result), flush=True)
+
+
+def prepare(gguf: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes a GGUF model as float32 safetensors, so that both sides quantize the same numbers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # Reading a GGUF marks the model as quantized, and saving would refuse it.
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
+    model.save_pretrained(folder)
+
+
+def load(folder: pathlib.Path, dtype: torch.dtype, rank: int, checkpointing: bool):
+    """The model in NF4 with double quantization and adapters on all linear layers."""
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map="cpu", quantization_config=quantization
+    )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight.data_ptr() != head.weight.data_ptr():
+        raise RuntimeError("the head was not loaded as the embedding it is tied to")
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lora = peft.LoraConfig(
+        r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(model, lora)
+    model.config.use_cache = False
+    return model.train()
+
+
+def train(args: argparse.Namespace) -> None:
+    """One line a step; the optimizer is that of `qlora_jax.config`."""
+    tokens = torch.from_numpy(np.load(args.tokens).astype(np.int64))
+    model = load(args.model, getattr(torch, args.dtype), args.rank, args.checkpointing)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=2e-4, betas=(0.9, 0.999), weight_decay=0.0)
+    for index, batch in enumerate(tokens[: args.steps]):
+        started, cpu_started = time.perf_counter(), time.process_time()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 0.3)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        report(
+            step=index,
+            seconds=time.perf_counter() - started,
+            cpu_seconds=time.process_time() - cpu_started,
+            loss=loss.item(),
+            peak_rss=peak_rss(),
+        )
+
+
+def serve_dequantize() -> None:
+    """Answers `{"shape": [out, in], "dtype": "float32", "repeats": 20}` with the seconds of each.
+
+    A line each, so that the asking process can take turns with its own measurement.
+    """
+    cases = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        key = (*request["shape"], request["dtype"])
+        if key not in cases:
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(request["shape"], generator=generator)
+            cases[key] = bnb.functional.quantize_4bit(
+                weight.to(getattr(torch, request["dtype"])),
+                blocksize=64,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+        packed, state = cases[key]
+        samples = []
+        for _ in range(request["repeats"]):
+            started = time.perf_counter()
+            bnb.functional.dequantize_4bit(packed, state)
+            samples.append(time.perf_counter() - started)
+        report(seconds=samples)
+
+
+def main() -> None:
+    """Does one of the jobs above."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", choices=["prepare", "train", "dequantize", "versions"])
+    parser.add_argument("--gguf", type=pathlib.Path)
+    parser.add_argument("--model", type=pathlib.Path)
+    parser.add_argument("--tokens", type=pathlib.Path)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4)
+    args = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if args.job == "prepare":
+        prepare(args.gguf, args.model)
+    elif args.job == "train":
+        train(args)
+    elif args.job == "dequantize":
+        serve_dequantize()
+    else:
+        report(**{name: importlib.metadata.version(name) for name in PACKAGES})
+
+
+if __name__ == "__main__":
+    main()
