@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_packing import make_examples
 
@@ -43,6 +43,7 @@ def test_arrays_have_the_promised_shape_and_ids_of_each_microbatch():
         assert len(batch.record_ids[a]) == segments
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(2, 10), min_size=1, max_size=30),
     st.integers(1, 4),
@@ -67,6 +68,7 @@ def test_every_epoch_has_each_example_once_whatever_the_batch(lengths, batch, ac
         assert collections.Counter(part) == {f"a.jsonl:{i + 1}": 1 for i in range(len(lengths))}
 
 
+@settings(deadline=None)
 @given(st.integers(0, 25), st.integers(1, 6), st.booleans())
 def test_a_restored_stream_continues_to_the_bit(before, after, packing):
     iterator = make_iterator(packing=packing)
@@ -147,6 +149,7 @@ def test_evaluation_sees_every_example_once_in_a_fixed_order():
         assert loss == sum(LENGTHS) - len(LENGTHS)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 60), st.floats(0, 0.9), st.integers(0, 5))
 def test_split_is_a_partition_that_depends_on_the_seed_alone(count, fraction, seed):
     items = list(range(count))

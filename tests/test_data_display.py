@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from fake_tokenizer import FakeTokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -61,6 +61,7 @@ def test_a_record_cannot_write_to_the_terminal():
     assert token_runs(example, tokenizer) == [("a␛[31mb␇␍\ufffd␡\tc\n", True)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=50))
 def test_the_histogram_counts_every_length_once(lengths):
     lines = length_histogram(lengths, width=20)

@@ -4,7 +4,7 @@ import fake_tokenizer as fake
 import numpy as np
 import pytest
 from fake_tokenizer import FakeTokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.data.formats import Record
@@ -76,6 +76,13 @@ def test_a_question_that_contains_the_answer_or_the_markup_confuses_nothing():
     assert learned(example, tokenizer) == ["yes<|im_end|>"] * 2
 
 
+@pytest.mark.parametrize("answer", ["_", "im_end", "<|im_end|>", "answer", "\n"])
+def test_a_shortened_answer_that_looks_like_the_markup_is_found(answer):
+    tokenizer = FakeTokenizer(fake.THINKING)
+    example = tokenize(chat("Hi", answer, "Bye", "x"), tokenizer)
+    assert learned(example, tokenizer)[0] == answer + "<|im_end|>"
+
+
 def test_an_end_token_inside_the_answer_is_not_its_end():
     tokenizer = FakeTokenizer()
     example = tokenize(chat("Write ChatML", "a<|im_end|>\nb"), tokenizer)
@@ -85,19 +92,27 @@ def test_an_end_token_inside_the_answer_is_not_its_end():
 CONTENT = st.text(st.characters(codec="utf-8", exclude_characters="\0<"), min_size=1, max_size=12)
 
 
+# What each template writes around an answer: before earlier ones, before the last one, after all.
+AROUND = {
+    fake.CHATML: ("", "", "<|im_end|>"),
+    fake.VICUNA: (" ", " ", "</s>"),
+    fake.THINKING: ("", "<think>\n\n</think>\n\n", "<|im_end|>"),
+    fake.TRAILING_SPACE: ("", "", "</s>"),
+}
+
+
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3),
-    st.sampled_from([fake.CHATML, fake.VICUNA, fake.THINKING, fake.TRAILING_SPACE]),
+    st.sampled_from(sorted(AROUND)),
     st.lists(st.text("abn :\n", min_size=2, max_size=3), max_size=4),
 )
 def test_what_is_learned_is_the_answers_whatever_the_tokenizer_merges(pairs, template, words):
     tokenizer = FakeTokenizer(template, words=tuple(dict.fromkeys(words)))
     example = tokenize(chat(*(c for pair in pairs for c in pair)), tokenizer)
-    runs = learned(example, tokenizer)
-    assert len(runs) == len(pairs)
-    for run, (_, answer) in zip(runs, pairs, strict=True):
-        body = run.removeprefix("<think>\n\n</think>\n\n").removesuffix("<|im_end|>")
-        assert body.removesuffix("</s>").removeprefix(" ") == answer.removeprefix(" ")
+    before, before_last, after = AROUND[template]
+    expected = [before + answer + after for _, answer in pairs[:-1]]
+    assert learned(example, tokenizer) == [*expected, before_last + pairs[-1][1] + after]
 
 
 def test_a_border_inside_a_token_is_cut_where_generation_cuts_it():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.data.masking import Example
@@ -27,6 +27,7 @@ def make_examples(lengths):
     ]
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_every_example_gets_one_row_and_no_row_overflows(case):
     seq_len, lengths = case
@@ -38,6 +39,7 @@ def test_every_example_gets_one_row_and_no_row_overflows(case):
     assert all(a + b > seq_len for a, b in zip(sorted(used), sorted(used)[1:], strict=False))
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.randoms())
 def test_the_number_of_rows_does_not_depend_on_the_order(case, random):
     seq_len, lengths = case
@@ -49,6 +51,7 @@ def test_the_number_of_rows_does_not_depend_on_the_order(case, random):
     assert first == second
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_filled_rows_hold_every_token_once_and_keep_examples_apart(case):
     seq_len, lengths = case

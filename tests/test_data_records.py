@@ -5,7 +5,7 @@ import os
 import pathlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.data.formats import ROLES, BadField, check_messages
@@ -145,6 +145,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON_VALUES)
 def test_no_json_value_as_messages_ends_in_another_error(value):
     try:
@@ -154,6 +155,7 @@ def test_no_json_value_as_messages_ends_in_another_error(value):
     assert checked[-1]["role"] == "assistant"
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_no_bytes_end_in_another_error(tmp_path_factory, content):
     path = write(tmp_path_factory.getbasetemp(), content, "noise.jsonl")

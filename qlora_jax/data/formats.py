@@ -16,8 +16,8 @@ ROLES = ("system", "user", "assistant")
 class BadField(Exception):
     """One thing wrong with one record; becomes a line of a `DataError` or of the report."""
 
-    def __init__(self, field: str, found: str, need: str):
-        super().__init__(f"{field}: found {found}, need {need}")
+    def __init__(self, field: str, found: str, need: str = ""):
+        super().__init__(f"{field}: found {found}" + (f", need {need}" if need else ""))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,6 +116,17 @@ def tokenize_records(
     Raises:
         DataError: if a record cannot be rendered or masked exactly, or if no record at all has a
             token with loss; then one of them is shown.
+
+    >>> import tokenizers
+    >>> from qlora_jax.data.tokenizer import Tokenizer
+    >>> words = tokenizers.models.WordLevel({"2+2=": 0, "4": 1, "</s>": 2}, unk_token="</s>")
+    >>> backend = tokenizers.Tokenizer(words)
+    >>> backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    >>> messages = {"role": "user", "content": "2+2= "}, {"role": "assistant", "content": "4"}
+    >>> record = Record("a.jsonl:1", "prompt_completion", messages)
+    >>> examples = tokenize_records([record], Tokenizer(backend, eos_token_ids=[2]), max_len=8)
+    >>> examples[0].tokens.tolist(), examples[0].loss_mask.tolist()
+    ([0, 1, 2], [0, 1, 1])
     """
     if max_len < 3:
         raise DataError(
@@ -233,12 +244,8 @@ def render_spans(messages: Messages, tokenizer: ChatTokenizer) -> tuple[str, lis
     """
     text = _render(messages, tokenizer)
     spans: list[tuple[int, int]] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:i], tokenizer, add_generation_prompt=True)
-        after = _render(messages[: i + 1], tokenizer)
-        span = _find_span(text, before, after, message["content"])
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        span = _find_span(text, messages[: i + 1], tokenizer)
         if span is None or span[0] < (spans[-1][1] if spans else 0) or span[0] == span[1]:
             raise BadField(
                 f"messages[{i}]",
@@ -250,14 +257,23 @@ def render_spans(messages: Messages, tokenizer: ChatTokenizer) -> tuple[str, lis
     return text, spans
 
 
-def _find_span(text: str, before: str, after: str, content: str) -> tuple[int, int] | None:
+def _find_span(text: str, messages: Messages, tokenizer: ChatTokenizer) -> tuple[int, int] | None:
+    """Finds the last of `messages`, an answer, in the text of the whole conversation."""
+    *earlier, last = messages
+    before = _render(earlier, tokenizer, add_generation_prompt=True)
+    after = _render(messages, tokenizer)
     if not text.startswith(before):
         return None
     if after.startswith(before) and text.startswith(after):
         return len(before), len(after)
-    # The template shortens earlier answers: what follows `before` must be the answer and its end.
-    for answer in (content, content.strip()):
-        end_of_turn = after[after.rfind(answer) + len(answer) :] if answer in after else ""
+    # The template shortens earlier answers: what follows `before` must be the answer and the end of
+    # a turn, which shows behind an answer that occurs nowhere else.
+    marker = "answer"
+    while marker in after:
+        marker += "#"
+    marked = _render([*earlier, {**last, "content": marker}], tokenizer)
+    end_of_turn = marked.partition(marker)[2]
+    for answer in (last["content"], last["content"].strip()):
         if end_of_turn and text.startswith(answer + end_of_turn, len(before)):
             return len(before), len(before) + len(answer) + len(end_of_turn)
     return None
@@ -271,8 +287,7 @@ def _render(
             [dict(message) for message in messages], add_generation_prompt=add_generation_prompt
         )
     except UserError as error:
-        need = "roles and contents that this model's template accepts"
-        raise BadField("messages", f"that the chat template refuses them: {error}", need) from None
+        raise BadField("messages", f"that {error}") from None
 
 
 def encode_pieces(
