@@ -1,0 +1,114 @@
+"""What a configuration stands for: the dtype, the model with its adapters, the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import config_dict
+
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.flax_nnx import apply_qlora
+from qlora_jax.loading import base_fingerprint, load_model
+from qlora_jax.optim import make_optimizer, make_schedule
+
+
+def choose_compute_dtype(name: str, device: jax.Device) -> tuple[np.dtype, str]:
+    """The dtype that activations and matrix products have, and why.
+
+    Args:
+        name: a dtype, or "auto": what the device multiplies fast.
+        device: that the run is on.
+
+    >>> dtype, why = choose_compute_dtype("auto", jax.devices("cpu")[0])
+    >>> dtype.name, why
+    ('float32', 'what a CPU multiplies fastest')
+    """
+    if name != "auto":
+        return jnp.dtype(name), "as configured"
+    if device.platform == "cpu":
+        return jnp.dtype(jnp.float32), "what a CPU multiplies fastest"
+    capability = str(getattr(device, "compute_capability", ""))
+    if capability.replace(".", "").isdigit() and float(capability) < 8.0:
+        return jnp.dtype(jnp.float16), "this GPU is older than sm_80 and has no fast bfloat16"
+    return jnp.dtype(jnp.bfloat16), "what this device has matrix units for"
+
+
+def choose_remat(name: str) -> str:
+    """What the backward pass recomputes; "auto" recomputes whole layers, which needs least memory.
+
+    >>> choose_remat("auto"), choose_remat("none")
+    ('full', 'none')
+    """
+    return "full" if name == "auto" else name
+
+
+def build_model(
+    config: config_dict.ConfigDict, *, dtype: np.dtype
+) -> tuple[nnx.Module, Tokenizer, str]:
+    """Loads the base in 4 bits and puts new adapters on it.
+
+    Args:
+        config: a whole configuration.
+        dtype: compute dtype.
+
+    Returns:
+        The model in training mode, its tokenizer, and the base's fingerprint.
+    """
+    quantization = dict(
+        where=config.lora.where,
+        quant_type=config.model.quant_type,
+        block_size=config.model.block_size,
+        double_quant=config.model.double_quant,
+    )
+    remat = choose_remat(config.model.remat)
+    model, tokenizer = load_model(config.model.path, dtype=dtype, remat=remat, **quantization)
+    fingerprint = base_fingerprint(model)
+    model = apply_qlora(
+        model,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        use_rslora=config.lora.use_rslora,
+        lora_dtype=jnp.dtype(config.lora.dtype),
+        rngs=nnx.Rngs(config.seed),
+        **quantization,
+    )
+    model.train()
+    return model, tokenizer, fingerprint
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], nnx.State]:
+    """Graph definition, the trainable tree as nested dicts of arrays, and everything frozen.
+
+    >>> split_model(nnx.LoRA(4, 2, 3, rngs=nnx.Rngs(0)))[1]["lora_a"].shape
+    (4, 2)
+    """
+    graphdef, lora, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    return graphdef, nnx.to_pure_dict(lora), frozen
+
+
+def build_optimizer(
+    config: config_dict.ConfigDict, total_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a configuration, and its learning rate by step (counted from 0)."""
+    recipe = config.optimizer
+    schedule = make_schedule(
+        recipe.learning_rate,
+        schedule=recipe.schedule,
+        warmup_steps=recipe.warmup_steps,
+        total_steps=total_steps,
+    )
+    tx = make_optimizer(
+        schedule,
+        b1=recipe.b1,
+        b2=recipe.b2,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+    )
+    return tx, schedule

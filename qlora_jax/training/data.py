@@ -1,0 +1,99 @@
+"""The data of a run: what is trained on, what is held out, and one question to ask."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import config_dict
+
+from qlora_jax.data import batches, masking, records
+from qlora_jax.data.report import DataReport
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import DataError
+from qlora_jax.files import fingerprint, resolve_path
+
+_TEXT_PROMPT_WORDS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """Tokenized examples and where they come from.
+
+    Attributes:
+        train: examples to train on.
+        heldout: examples that are only measured, maybe none.
+        question: a held-out record's prompt, in the form `generate` takes; None without one.
+        fingerprint: content hash of the data file, and of the held-out file if there is one.
+        report: what was left out, and why.
+    """
+
+    train: list[masking.Example]
+    heldout: list[masking.Example]
+    question: str | list[dict[str, str]] | None
+    fingerprint: str
+    report: DataReport
+
+
+def load_training_data(config: config_dict.ConfigDict, tokenizer: Tokenizer) -> TrainingData:
+    """Reads, splits and tokenizes what the configuration names.
+
+    The split is made over records, before anything is tokenized or packed, so no held-out record
+    shares a row with a trained one.
+
+    Raises:
+        DataError: a record is bad (with `on_bad_record="error"`), or nothing is left to train on.
+    """
+    data, report = config.data, DataReport()
+    options = dict(format=data.format, on_bad_record=data.on_bad_record, report=report)
+    trained = records.load_records(data.path, max_records=data.max_records, **options)
+    hashes = [fingerprint(resolve_path(data.path))]
+    if data.eval_path:
+        heldout = records.load_records(data.eval_path, **options)
+        hashes.append(fingerprint(resolve_path(data.eval_path)))
+    else:
+        trained, heldout = batches.split(trained, data.eval_fraction, config.seed)
+
+    def tokenize(chosen: list[records.Record]) -> list[masking.Example]:
+        return masking.tokenize_records(
+            chosen,
+            tokenizer,
+            data.max_len,
+            train_on=data.train_on,
+            on_bad_record=data.on_bad_record,
+            report=report,
+        )
+
+    examples, heldout_examples = tokenize(trained), tokenize(heldout) if heldout else []
+    if not examples:
+        raise DataError("\n".join([f"{data.path}: no record is left to train on", *report.lines()]))
+    return TrainingData(
+        examples, heldout_examples, choose_question(heldout), "+".join(hashes), report
+    )
+
+
+def choose_question(heldout: list[records.Record]) -> str | list[dict[str, str]] | None:
+    """The held-out prompt that is quickest to read: the shortest, or the start of the first text.
+
+    >>> texts = [records.Record("a:1", "text", text="Once upon a time")]
+    >>> choose_question(texts), choose_question([])
+    ('Once upon a time', None)
+    """
+    prompts = [record.prompt for record in heldout if record.prompt]
+    if prompts:
+        return min(prompts, key=lambda prompt: sum(len(turn["content"]) for turn in prompt))
+    if heldout:
+        return " ".join(heldout[0].text.split()[:_TEXT_PROMPT_WORDS])
+    return None
+
+
+def question_text(question: str | list[dict[str, str]]) -> str:
+    """A prompt as a person reads it.
+
+    >>> question_text([{"role": "user", "content": "2 + 2?"}])
+    '2 + 2?'
+    """
+    if isinstance(question, str):
+        return question
+    if len(question) == 1:
+        return question[0]["content"]
+    return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in question)

@@ -1,0 +1,193 @@
+"""The loop over steps: what happens on the host between two of them.
+
+While the device computes a step, the host prepares the next batch. The loop then waits for the loss
+of every step, because a step whose loss is not a number must be the last one: nothing that comes
+after it is worth a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from qlora_jax.data.batches import Batch, BatchIterator
+from qlora_jax.errors import TrainingError
+from qlora_jax.report import Report, memory_in_use
+from qlora_jax.training.interrupts import InterruptWatch
+from qlora_jax.training.step import TrainState
+
+_NAMED_RECORDS = 40
+
+
+@dataclasses.dataclass
+class Window:
+    """Sums over the steps since the last printed line.
+
+    >>> window = Window()
+    >>> window.add({"loss": 2.0, "loss_tokens": 30, "tokens": 90}, seconds=0.5)
+    >>> window.add({"loss": 1.0, "loss_tokens": 10, "tokens": 10}, seconds=0.5)
+    >>> window.loss, window.tokens_per_second
+    (1.75, 100.0)
+    """
+
+    nats: float = 0.0
+    loss_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, metrics: Mapping[str, Any], seconds: float) -> None:
+        """Adds a step."""
+        self.nats += float(metrics["loss"]) * int(metrics["loss_tokens"])
+        self.loss_tokens += int(metrics["loss_tokens"])
+        self.tokens += int(metrics["tokens"])
+        self.seconds += seconds
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token that carries loss."""
+        return self.nats / max(self.loss_tokens, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that are not padding, per second of training."""
+        return self.tokens / self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+    """Steps from one to the next of the things that do not happen in each; 0 is never."""
+
+    log: int
+    save: int
+    evaluate: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the loop calls.
+
+    Attributes:
+        save: (step, state, position in the data, loss since the last line).
+        evaluate: the held-out loss of a state.
+        record: (step, row), each step's metrics.
+    """
+
+    save: Callable[[int, TrainState, dict[str, int], float], None]
+    evaluate: Callable[[TrainState], float]
+    record: Callable[[int, dict[str, float]], None]
+
+
+def run_steps(
+    step_fn: Callable[[TrainState, nnx.State, Any], tuple[TrainState, dict[str, Any]]],
+    state: TrainState,
+    frozen: nnx.State,
+    batches: BatchIterator,
+    *,
+    total: int,
+    schedule: optax.Schedule,
+    intervals: Intervals,
+    hooks: Hooks,
+    report: Report,
+) -> tuple[TrainState, float]:
+    """Takes steps until `total` are done, counting those that `state` already has behind it.
+
+    Args:
+        step_fn: from `make_train_step`, compiled or not.
+        state: is donated to the first step.
+        frozen: the frozen part of the model.
+        batches: stands where the state left off.
+        total: the last step's number.
+        schedule: the learning rate by step, for the log only.
+        intervals: when to log, save and evaluate.
+        hooks: how to save, evaluate and record.
+        report: prints the log lines.
+
+    Returns:
+        The last state, and the loss of the last line.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite. That step is not saved.
+        KeyboardInterrupt: after Ctrl-C, when the state is saved.
+    """
+    start, window = int(state.step), Window()
+    batch, spent, loss = next(batches), 0.0, math.nan
+    with InterruptWatch() as watch:
+        for step in range(start + 1, total + 1):
+            position = batches.state()
+            began = time.perf_counter()
+            state, metrics = step_fn(state, frozen, batch.arrays)
+            following = next(batches)  # while the device works
+            metrics = jax.device_get(metrics)
+            seconds = time.perf_counter() - began
+            check_finite(step, metrics, batch)
+            window.add(metrics, seconds)
+            spent += seconds
+            last, rate = step == total, float(schedule(step - 1))
+            row = {
+                "loss": float(metrics["loss"]),
+                "learning_rate": rate,
+                "grad_norm": float(metrics["grad_norm"]),
+                "tokens": int(metrics["tokens"]),
+                "loss_tokens": int(metrics["loss_tokens"]),
+                "tokens_per_second": int(metrics["tokens"]) / seconds,
+                "memory_bytes": memory_in_use()[0],
+            }
+            if intervals.evaluate and step % intervals.evaluate == 0 and not last:
+                row["heldout_loss"] = hooks.evaluate(state)
+            hooks.record(step, row)
+            if step == start + 1 or step % intervals.log == 0 or last:
+                loss = window.loss
+                report.step(
+                    step=step,
+                    steps=total,
+                    loss=loss,
+                    learning_rate=rate,
+                    grad_norm=row["grad_norm"],
+                    tokens_per_second=window.tokens_per_second,
+                    memory=row["memory_bytes"],
+                    seconds_left=(total - step) * spent / (step - start),
+                    heldout=row.get("heldout_loss"),
+                )
+                window = Window()
+            if last or watch.requested or step % intervals.save == 0:
+                hooks.save(step, state, position, loss)
+            if watch.requested and not last:
+                report.interrupted(step, total)
+                raise KeyboardInterrupt
+            batch = following
+    return state, loss
+
+
+def check_finite(step: int, metrics: Mapping[str, Any], batch: Batch) -> None:
+    """Stops at a loss or a gradient that is not a number.
+
+    Args:
+        step: its number, for the message.
+        metrics: of the step, on the host.
+        batch: what the step was taken on.
+
+    Raises:
+        TrainingError: naming the step and the records of the microbatches whose loss is not finite
+            (of all, if only the gradient is not).
+    """
+    bad = ~np.isfinite(metrics["microbatch_nats"])
+    if not bad.any() and math.isfinite(metrics["grad_norm"]):
+        return
+    what = "loss" if bad.any() else "gradient"
+    chosen = [ids for ids, is_bad in zip(batch.record_ids, bad, strict=True) if is_bad]
+    names = [name for ids in chosen or batch.record_ids for name in ids]
+    more = f" and {len(names) - _NAMED_RECORDS} more" if len(names) > _NAMED_RECORDS else ""
+    raise TrainingError(
+        f"step {step}: the {what} is not a finite number (loss {metrics['loss']}, gradient norm "
+        f"{metrics['grad_norm']}), with these records: {', '.join(names[:_NAMED_RECORDS])}{more}. "
+        "Nothing of this step is kept. Look at the records (scripts/inspect_data.py), lower "
+        "optimizer.learning_rate, or set model.compute_dtype to float32"
+    )

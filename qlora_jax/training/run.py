@@ -1,0 +1,413 @@
+"""A whole fine-tuning run: from a configuration and an empty directory to an adapter.
+
+A run can be stopped anywhere (Ctrl-C, a crash, a machine that is taken away) and continued by the
+same call: a checkpoint holds the adapter, the optimizer's moments, the PRNG key, the step and the
+position in the data, and every random number is a function of these. What the uninterrupted run
+would have computed, the continued run computes, to the bit. The base is not in a checkpoint, only
+its fingerprint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import config_dict
+
+from qlora_jax import config as config_lib
+from qlora_jax.checkpoint import Checkpointer
+from qlora_jax.data.batches import BatchIterator, eval_batches
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import CheckpointError, TrainingError
+from qlora_jax.generation import generate
+from qlora_jax.metrics import MetricsWriter, plot_loss
+from qlora_jax.report import Report, format_bytes, format_count, measure
+from qlora_jax.training.building import (
+    build_model,
+    build_optimizer,
+    choose_compute_dtype,
+    split_model,
+)
+from qlora_jax.training.card import CardFacts, generate_command, model_card, versions
+from qlora_jax.training.data import load_training_data, question_text
+from qlora_jax.training.loop import Hooks, Intervals, run_steps
+from qlora_jax.training.step import (
+    TrainState,
+    evaluate_loss,
+    init_state,
+    make_train_step,
+    next_token_loss,
+)
+from qlora_jax.training.workdir import Workdir, explain_os_error
+
+OnStep = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run; also the content of `result.json`.
+
+    Attributes:
+        workdir: where everything was written.
+        steps: optimizer steps done.
+        train_loss: mean loss of the last log line, nats per token; None if no step was taken.
+        heldout_before: held-out loss of the base; None without held-out records.
+        heldout_after: held-out loss of the adapted model.
+        question: the held-out prompt that was asked, None if none was.
+        answer_before: the base's reply.
+        answer_after: the adapted model's reply.
+    """
+
+    workdir: str
+    steps: int
+    train_loss: float | None
+    heldout_before: float | None
+    heldout_after: float | None
+    question: str | None
+    answer_before: str | None
+    answer_after: str | None
+
+
+def train(
+    config: config_dict.ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    on_step: OnStep | None = None,
+    report: Report | None = None,
+) -> TrainResult:
+    """Fine-tunes a model, or continues to.
+
+    Args:
+        config: from `qlora_jax.config.get_config()` or a recipe.
+        workdir: a new directory, or that of a run to continue.
+        on_step: called after each step with its number and metrics (`loss`, `learning_rate`,
+            `grad_norm`, `tokens_per_second`, ...), for live plots.
+        report: where to print; None: standard output.
+
+    Returns:
+        The result, which `result.json` holds too.
+
+    Raises:
+        ConfigError: a field cannot be used, or differs from the run that `workdir` holds.
+        TrainingError: the directory cannot be written to, or a loss is not a finite number.
+        KeyboardInterrupt: after Ctrl-C, when the state is saved.
+
+    >>> result = train(config, "runs/first")  # doctest: +SKIP
+    """
+    config_lib.validate(config)
+    directory, report = Workdir(workdir), report or Report()
+    if result := _finished_result(directory, config):
+        report.finished(result.workdir, result.steps)
+        return result
+    try:
+        return _Run(config, directory, report, on_step).execute()
+    except OSError as error:
+        if error.filename and not pathlib.Path(error.filename).is_relative_to(directory.path):
+            raise
+        raise TrainingError(explain_os_error(error, directory.path)) from error
+
+
+def load_trained(
+    workdir: str | os.PathLike, step: int | None = None
+) -> tuple[nnx.Module, Tokenizer]:
+    """The model of a run: its base, and the adapter of a checkpoint, ready to generate.
+
+    Args:
+        workdir: of a run.
+        step: which checkpoint; None takes the newest.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        CheckpointError: there is no such run or checkpoint.
+        TrainingError: the base is not the one the adapter was trained on.
+
+    >>> model, tokenizer = load_trained("runs/quickstart")  # doctest: +SKIP
+    """
+    path = pathlib.Path(workdir).expanduser()
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path} holds no run (no config.json); give the --workdir of one")
+    config = config_lib.load_config(path / "config.json")
+    checkpointer = Checkpointer(path / "checkpoints", keep=config.checkpoint.keep)
+    step = checkpointer.latest_step() if step is None else step
+    if step is None:
+        raise CheckpointError(f"{path} holds no checkpoint yet; train it first, or wait for one")
+    dtype, _ = choose_compute_dtype(config.model.compute_dtype, jax.devices()[0])
+    model, tokenizer, fingerprint = build_model(config, dtype=dtype)
+    graphdef, lora, frozen = split_model(model)
+    tx, _ = build_optimizer(config, total_steps=2**31)
+    state, metadata = checkpointer.restore(step, init_state(lora, tx, config.seed))
+    Workdir(path).check_same(config.model.path, metadata["base_fingerprint"], fingerprint)
+    model = nnx.merge(graphdef, state.lora, frozen)
+    model.eval()
+    return model, tokenizer
+
+
+def _finished_result(directory: Workdir, config: config_dict.ConfigDict) -> TrainResult | None:
+    """The result of a run that has come to the end which the configuration asks for."""
+    result, before = directory.read_json("result.json"), directory.read_json("config.json")
+    if result is None or before is None:
+        return None
+    directory.check_config(config.to_dict())
+    if any(before["train"][name] != config.train[name] for name in ("steps", "epochs")):
+        return None
+    return TrainResult(**{**result, "workdir": str(directory.path)})
+
+
+class _Run:
+    """One call of `train`: what is loaded once and used from beginning to end."""
+
+    def __init__(
+        self,
+        config: config_dict.ConfigDict,
+        directory: Workdir,
+        report: Report,
+        on_step: OnStep | None,
+    ):
+        self.config, self.directory, self.report = config, directory, report
+        self.on_step = on_step
+        self.checkpointer = Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep)
+        if self.checkpointer.latest_step() is not None:
+            directory.check_config(config.to_dict())
+        device = jax.devices()[0]
+        self.dtype, self.dtype_reason = choose_compute_dtype(config.model.compute_dtype, device)
+        with report.busy(f"loading {config.model.path} and quantizing it"):
+            model, self.tokenizer, self.fingerprint = build_model(config, dtype=self.dtype)
+        model.eval()
+        self.eval_graphdef, _, _ = split_model(model)
+        model.train()
+        self.graphdef, lora, self.frozen = split_model(model)
+        self.size = measure(lora, self.frozen)
+        self.data = load_training_data(config, self.tokenizer)
+        self.batches = BatchIterator(
+            self.data.train,
+            batch_size=config.train.batch_size,
+            seq_len=config.data.max_len,
+            grad_accum=config.train.grad_accum,
+            packing=config.data.packing,
+            seed=config.seed,
+        )
+        self.steps = config.train.steps or self.batches.num_batches(config.train.epochs)
+        self.tx, self.schedule = build_optimizer(config, self.steps)
+        self.loss_fn = partial(next_token_loss, chunk_size=config.train.loss_chunk)
+        self.state = init_state(lora, self.tx, config.seed)
+        # measured before the first step; travels in the metadata of the checkpoints
+        self.before: dict[str, Any] | None = None
+        self.train_loss: float | None = None
+
+    def execute(self) -> TrainResult:
+        """The run in the order in which it is printed."""
+        self._describe()
+        self._prepare_directory()
+        self._restore()
+        shown = min(self.data.train[:20], key=lambda example: len(example.tokens))
+        self.report.sample(shown, self.tokenizer)
+        if int(self.state.step) < self.steps:
+            step_fn = self._compile()
+            if self.before is None:
+                self.before = self._measure("before training")
+            self._train(step_fn)
+        after = self._measure("after training")
+        return self._conclude(after)
+
+    def _describe(self) -> None:
+        config, size, data = self.config, self.size, self.data
+        device, train = jax.devices()[0], config.train
+        rows = train.batch_size * train.grad_accum
+        epochs = self.steps * rows / self.batches.rows_per_epoch
+        quantized_bits = 8 * size.quantized_bytes / max(size.quantized, 1)
+        dense_bits = 8 * size.dense_bytes / max(size.dense, 1)
+        facts = [
+            ("model", config.model.path),
+            ("fingerprint", self.fingerprint),
+            (
+                "frozen",
+                f"{format_count(size.frozen)} parameters in {format_bytes(size.frozen_bytes)}, "
+                f"{size.bits_per_frozen:.2f} bits each: {format_count(size.quantized)} in "
+                f"{config.model.quant_type} at {quantized_bits:.3f} bits, "
+                f"{format_count(size.dense)} embeddings and norms at {dense_bits:.0f}",
+            ),
+            (
+                "trainable",
+                f"{format_count(size.trainable)} parameters in {format_bytes(size.trainable_bytes)}"
+                f": LoRA of rank {config.lora.rank} in {config.lora.dtype}",
+            ),
+            ("compute", f"{self.dtype.name} on {device.device_kind}: {self.dtype_reason}"),
+            ("data", config.data.path),
+            ("records", f"{len(data.train):,} to train on, {len(data.heldout):,} held out"),
+            (
+                "run",
+                f"{self.steps} steps of {rows} rows of {config.data.max_len} tokens, {epochs:.2f} "
+                "epochs",
+            ),
+        ]
+        self.report.facts("QLoRA fine-tuning", facts)
+        if data.report.skipped or data.report.dropped or data.report.truncated:
+            for line in data.report.lines():
+                self.report.line(f"  {line}", style="yellow")
+
+    def _prepare_directory(self) -> None:
+        state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        # one more than is kept: a new checkpoint is whole before the oldest goes
+        self.directory.check_space((self.config.checkpoint.keep + 1) * state_bytes + 2**24)
+        (self.directory / "result.json").unlink(missing_ok=True)
+        self.directory.write_text("config.json", config_lib.to_json(self.config))
+
+    def _restore(self) -> None:
+        """Continues from the newest checkpoint, if there is one."""
+        latest = self.checkpointer.latest_step()
+        if latest is None:
+            return
+        state, metadata = self.checkpointer.restore(latest, self.state)
+        paths = {"base": self.config.model.path, "data": self.config.data.path}
+        now = {"base": self.fingerprint, "data": self.data.fingerprint}
+        for what, path in paths.items():
+            self.directory.check_same(path, metadata[f"{what}_fingerprint"], now[what])
+        self.batches.restore(metadata["batches"])
+        self.state, self.before = state, metadata["before"]
+        self.train_loss = metadata["train_loss"]
+        self.report.line(f"\ncontinuing after step {latest} of {self.steps}", style="bold")
+
+    def _compile(self) -> Callable:
+        """Compiles the step before its first use, so that the wait has a name and a duration."""
+        train = self.config.train
+        shape = (train.grad_accum, train.batch_size, self.config.data.max_len)
+        names = ("tokens", "loss_mask", "segment_ids", "positions")
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+        step = make_train_step(self.graphdef, self.tx, loss_fn=self.loss_fn)
+        with self.report.busy("compiling (once)") as notes:
+            compiled = step.lower(self.state, self.frozen, batch).compile()
+            if memory := compiled.memory_analysis():
+                peak = (
+                    memory.argument_size_in_bytes
+                    + memory.output_size_in_bytes
+                    - memory.alias_size_in_bytes
+                    + memory.temp_size_in_bytes
+                )
+                notes.append(f"a step needs {format_bytes(peak)}")
+        return compiled
+
+    def _train(self, step_fn: Callable) -> None:
+        """Takes the steps that are missing."""
+        config = self.config
+        self.report.step_legend()
+        writer = MetricsWriter(self.directory.path, resume_step=int(self.state.step))
+        if self.before["loss"] is not None:
+            writer.write(0, {"heldout_loss": self.before["loss"]})
+
+        def record(step: int, row: Mapping[str, float]) -> None:
+            writer.write(step, row)
+            if self.on_step:
+                self.on_step(step, row)
+
+        try:
+            self.state, self.train_loss = run_steps(
+                step_fn,
+                self.state,
+                self.frozen,
+                self.batches,
+                total=self.steps,
+                schedule=self.schedule,
+                intervals=Intervals(
+                    log=config.train.log_every,
+                    save=config.checkpoint.every,
+                    evaluate=config.eval.every if self.data.heldout else 0,
+                ),
+                hooks=Hooks(self._save, self._heldout_loss, record),
+                report=self.report,
+            )
+        finally:
+            writer.close()
+
+    def _save(self, step: int, state: TrainState, position: dict[str, int], loss: float) -> None:
+        metadata = {
+            "base_fingerprint": self.fingerprint,
+            "data_fingerprint": self.data.fingerprint,
+            "batches": position,
+            "before": self.before,
+            "train_loss": loss,
+            "compute_dtype": self.dtype.name,
+            "versions": versions(),
+        }
+        self.checkpointer.save(step, state, metadata)
+
+    def _model(self, state: TrainState) -> nnx.Module:
+        """The model of a state in evaluation mode; it shares the state's arrays."""
+        return nnx.merge(self.eval_graphdef, state.lora, self.frozen)
+
+    def _heldout_loss(self, state: TrainState) -> float:
+        batches = eval_batches(
+            self.data.heldout,
+            batch_size=self.config.eval.batch_size,
+            seq_len=self.config.data.max_len,
+            packing=self.config.data.packing,
+        )
+        microbatches = ({name: a[0] for name, a in batch.arrays.items()} for batch in batches)
+        return evaluate_loss(self._model(state), microbatches, loss_fn=self.loss_fn)
+
+    def _measure(self, when: str) -> dict[str, Any]:
+        """Held-out loss and one answer, as far as there are held-out records."""
+        found: dict[str, Any] = {"loss": None, "answer": None}
+        if self.data.heldout:
+            with self.report.busy(f"held-out loss {when}") as notes:
+                found["loss"] = self._heldout_loss(self.state)
+                notes.append(f"loss {found['loss']:.4f}")
+        if self.config.sample.enabled and self.data.question is not None:
+            with self.report.busy(f"answering a held-out question {when}"):
+                found["answer"] = generate(
+                    self._model(self.state),
+                    self.tokenizer,
+                    [self.data.question],
+                    max_new_tokens=self.config.sample.max_new_tokens,
+                )[0]
+        return found
+
+    def _conclude(self, after: Mapping[str, Any]) -> TrainResult:
+        """Compares before and after, and writes the result, the plot and the card."""
+        before = self.before or after
+        asked = before["answer"] is not None and after["answer"] is not None
+        result = TrainResult(
+            workdir=str(self.directory.path),
+            steps=int(self.state.step),
+            train_loss=self.train_loss,
+            heldout_before=before["loss"],
+            heldout_after=after["loss"],
+            question=question_text(self.data.question) if asked else None,
+            answer_before=before["answer"] if asked else None,
+            answer_after=after["answer"] if asked else None,
+        )
+        heldout = answers = None
+        if before["loss"] is not None and after["loss"] is not None:
+            heldout = before["loss"], after["loss"]
+            self.report.heldout(*heldout, records=len(self.data.heldout))
+            with MetricsWriter(self.directory.path, resume_step=result.steps) as writer:
+                writer.write(result.steps, {"heldout_loss": after["loss"]})
+        if asked:
+            answers = result.question, result.answer_before, result.answer_after
+            self.report.answers(*answers)
+        plot_loss(self.directory.path)
+        facts = CardFacts(
+            workdir=self.directory.path,
+            config=self.config.to_dict(),
+            size=self.size,
+            base_fingerprint=self.fingerprint,
+            data_fingerprint=self.data.fingerprint,
+            records=(len(self.data.train), len(self.data.heldout)),
+            compute_dtype=self.dtype.name,
+            steps=result.steps,
+            train_loss=result.train_loss,
+            heldout=heldout,
+            answers=answers,
+        )
+        self.directory.write_text("README.md", model_card(facts))
+        self.directory.write_json("result.json", dataclasses.asdict(result))
+        self.report.written(self.directory.path, [generate_command(self.directory.path)])
+        return result
