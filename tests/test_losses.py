@@ -24,18 +24,34 @@ def dense_loss(weight, hidden, targets, mask):
     return -jnp.sum(picked * mask)
 
 
-def chunked_loss(weight, hidden, targets, mask, chunk_size):
-    return chunked_cross_entropy(lambda h: h @ weight, hidden, targets, mask, chunk_size=chunk_size)
+def chunked_loss(weight, hidden, targets, mask, chunk_size, trainable_head=False):
+    return chunked_cross_entropy(
+        lambda h: h @ weight,
+        hidden,
+        targets,
+        mask,
+        chunk_size=chunk_size,
+        trainable_head=trainable_head,
+    )
 
 
 @pytest.mark.parametrize("chunk_size", [64, 100, 512, 10_000])
 def test_value_and_gradient_equal_the_dense_loss(problem, chunk_size):
     hidden, weight, targets, mask = problem
-    expected = jax.value_and_grad(dense_loss, argnums=(0, 1))(weight, hidden, targets, mask)
-    got = jax.value_and_grad(chunked_loss, argnums=(0, 1))(
-        weight, hidden, targets, mask, chunk_size
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
+    for argnums, trainable_head in (((0, 1), True), (1, False)):
+        expected = jax.value_and_grad(dense_loss, argnums)(weight, hidden, targets, mask)
+        got = jax.value_and_grad(chunked_loss, argnums)(
+            weight, hidden, targets, mask, chunk_size, trainable_head
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected
+        )
+
+
+def test_a_trained_head_must_be_declared(problem):
+    """Its gradient would be missing; JAX refuses instead."""
+    with pytest.raises(Exception, match="closed-over value"):
+        jax.grad(chunked_loss)(*problem[1::-1], *problem[2:], 64)
 
 
 def test_masked_positions_count_exactly_nothing(problem):
@@ -87,7 +103,8 @@ def test_a_frozen_head_gets_no_gradient(problem):
     of_the_head = {weight.shape, weight.shape[::-1]}
 
     def products(argnums):
-        gradient = jax.grad(lambda w, h: chunked_loss(w, h, targets, mask, 64), argnums)
+        trainable = argnums == 0
+        gradient = jax.grad(lambda w, h: chunked_loss(w, h, targets, mask, 64, trainable), argnums)
         return set(matrix_products(jax.make_jaxpr(gradient)(weight, hidden).jaxpr))
 
     assert products(argnums=0) & of_the_head  # the test can see one
