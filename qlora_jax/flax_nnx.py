@@ -181,13 +181,11 @@ def apply_qlora(
         _quantize_kernels(chosen, **options)
     for linear in chosen.values():
         linear.add_adapter(
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            use_rslora=use_rslora,
-            dtype=lora_dtype,
-            rngs=rngs,
+            rank=rank, alpha=alpha, use_rslora=use_rslora, dtype=lora_dtype, rngs=rngs
         )
+    # After all adapters, so that these are the same with and without dropout.
+    for linear in chosen.values() if dropout else ():
+        linear.add_dropout(dropout, rngs)
     return model
 
 

@@ -19,6 +19,7 @@ applied to the [tokens, r] intermediate, which is smaller than the output.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -277,27 +278,9 @@ def merge_weight(
         >>> float(merged[0, 0]), float(error.max_abs)
         (0.5, 0.0)
     """
-    scaling = lora_scaling(lora["lora_a"].shape[-1], alpha, use_rslora)
-
-    def merge_matrix(w, a, b):
-        dense = dequantize(w, jnp.float32).T if is_quantized(w) else w.astype(jnp.float32)
-        exact = dense + jnp.matmul(a, b, precision="highest") * scaling
-        if not is_quantized(w):
-            merged = stored = exact.astype(w.dtype)
-        elif requantize:
-            merged = _quantize_like(w, exact.T)
-            stored = dequantize(merged, jnp.float32).T
-        else:
-            merged = stored = exact.astype(w.dtype)
-        difference = stored.astype(jnp.float32) - exact
-        # A weight of zeros merges without error; 0 / 0 would report NaN.
-        norm = jnp.maximum(jnp.linalg.norm(exact), jnp.finfo(jnp.float32).tiny)
-        relative = jnp.linalg.norm(difference) / norm
-        return merged, MergeError(jnp.max(jnp.abs(difference)), relative)
-
-    leading = lora["lora_a"].shape[:-2]
-    a, b = (lora[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
-    return jax.jit(lambda *args: map_leading(merge_matrix, leading, *args))(w, a, b)
+    a, b = lora["lora_a"], lora["lora_b"]
+    scaling = lora_scaling(a.shape[-1], alpha, use_rslora)
+    return _merge_stack(w, a, b, scaling, requantize=requantize)
 
 
 def merge_lora(
@@ -354,6 +337,27 @@ def merge_lora(
             "of these features. Give the parameters that the adapters were made for."
         )
     return treedef.unflatten(merged_leaves), report
+
+
+@functools.partial(jax.jit, static_argnames="requantize")
+def _merge_stack(w: Any, a: Array, b: Array, scaling: float, *, requantize: bool) -> Any:
+    def merge_matrix(w, a, b):
+        dense = dequantize(w, jnp.float32).T if is_quantized(w) else w.astype(jnp.float32)
+        update = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+        exact = dense + update * scaling
+        if is_quantized(w) and requantize:
+            merged = _quantize_like(w, exact.T)
+            stored = dequantize(merged, jnp.float32).T
+        else:
+            merged = exact.astype(w.dtype)
+            stored = merged.astype(jnp.float32)
+        difference = stored - exact
+        # A weight of zeros merges without error; 0 / 0 would report NaN.
+        norm = jnp.maximum(jnp.linalg.norm(exact), jnp.finfo(jnp.float32).tiny)
+        relative = jnp.linalg.norm(difference) / norm
+        return merged, MergeError(jnp.max(jnp.abs(difference)), relative)
+
+    return map_leading(merge_matrix, a.shape[:-2], w, a, b)
 
 
 def _quantize_like(q: QuantizedTensor, w: Float[Array, "N K"]) -> QuantizedTensor:

@@ -143,16 +143,9 @@ class QLoRALinear(nnx.Module):
         self.kernel = QuantizedParam(_maybe_abstract(convert, self.kernel.get_value()))
 
     def add_adapter(
-        self,
-        *,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        use_rslora: bool,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, *, rank: int, alpha: float, use_rslora: bool, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        """Adds a new adapter (B zero) and, for ``dropout > 0``, a dropout stream."""
+        """Adds a new adapter (A from the stream ``params``, B zero)."""
 
         def init(key, _):
             return init_adapter(
@@ -166,10 +159,13 @@ class QLoRALinear(nnx.Module):
 
         adapter = _maybe_abstract(init, rngs.params(), self.kernel.get_value())
         self.lora_a, self.lora_b = (nnx.LoRAParam(adapter[name]) for name in ("lora_a", "lora_b"))
-        self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, use_rslora
-        if dropout:
-            leading = self.leading_shape
-            self.rngs = rngs.dropout.split(leading) if leading else rngs.dropout.fork()
+        self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
+
+    def add_dropout(self, rate: float, rngs: nnx.Rngs) -> None:
+        """Adds dropout on the adapter's input, with a stream of its own forked from ``dropout``."""
+        leading = self.leading_shape
+        self.dropout = rate
+        self.rngs = rngs.dropout.split(leading) if leading else rngs.dropout.fork()
 
     def __call__(self, x: Float[Array, "*A"], out_sharding: Any = None) -> Float[Array, "*C"]:
         """Applies the layer.
@@ -189,7 +185,9 @@ class QLoRALinear(nnx.Module):
             )
         x = x.astype(self._compute_dtype(x, kernel))
         count = len(self.axis)
-        x = jnp.moveaxis(x, self.axis, range(-count, 0))
+        # In the order of the input, not of `axis`: so nnx.LinearGeneral pairs them with its kernel.
+        axes = sorted(axis % x.ndim for axis in self.axis)
+        x = jnp.moveaxis(x, axes, range(-count, 0))
         x = x.reshape(*x.shape[: x.ndim - count], self.in_features)
         if is_quantized(kernel):
             y = matmul(x, kernel)

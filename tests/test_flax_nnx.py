@@ -1,0 +1,569 @@
+"""The surgery on NNX models: ours to be, hand-made ones, and those of flax.nnx itself."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from qlora_jax.errors import ConfigError
+from qlora_jax.flax_nnx import (
+    QLoRALinear,
+    QuantizedParam,
+    apply_qlora,
+    linear_paths,
+    merge_model,
+    quantize_model,
+    set_dropout_keys,
+)
+from qlora_jax.quantized import QuantizedTensor, dequantize
+from qlora_jax.tree import flatten_paths
+
+FEATURES, LAYERS = 16, 2
+
+
+class MLP(nnx.Module):
+    def __init__(self, rngs, dtype=None):
+        self.up = nnx.Linear(FEATURES, 24, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(24, FEATURES, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(nnx.gelu(self.up(x)))
+
+
+class Block(nnx.Module):
+    """A transformer block made of what flax.nnx offers."""
+
+    def __init__(self, rngs, dtype=None):
+        self.norm = nnx.LayerNorm(FEATURES, dtype=dtype, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            4, FEATURES, decode=False, dtype=dtype, rngs=rngs
+        )
+        self.mlp = MLP(rngs, dtype)
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(x)
+
+
+class ListModel(nnx.Module):
+    def __init__(self, rngs, dtype=None):
+        self.layers = nnx.List([Block(rngs, dtype) for _ in range(LAYERS)])
+        self.lm_head = nnx.Linear(FEATURES, 11, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+class StackedModel(nnx.Module):
+    """Layers created under nnx.vmap and run by lax.scan over their state, as Llama does."""
+
+    def __init__(self, rngs, dtype=None):
+        @nnx.split_rngs(splits=LAYERS)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def create(rngs):
+            return Block(rngs, dtype)
+
+        self.layers = create(rngs)
+        self.lm_head = nnx.Linear(FEATURES, 11, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        graphdef, state = nnx.split(self.layers)
+
+        @jax.checkpoint
+        def body(x, layer):
+            return nnx.merge(graphdef, layer)(x), None
+
+        x, _ = jax.lax.scan(body, x, state)
+        return self.lm_head(x)
+
+
+MODELS = [ListModel, StackedModel]
+
+
+def inputs(dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(2, 5, FEATURES)), dtype)
+
+
+@functools.cache
+def base_of(make, dtype=None):
+    """One model for all tests: surgery must not change it, and one test sees to that."""
+    return nnx.jit(lambda rngs: make(rngs, dtype))(nnx.Rngs(0))
+
+
+@nnx.jit
+def call(model, x):
+    return model(x)
+
+
+def is_qlora(module):
+    return isinstance(module, QLoRALinear)
+
+
+def shapes(model):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), nnx.to_pure_dict(nnx.state(model)))
+
+
+def perturb(model, seed=5):
+    """Puts values that are not zero into every B, as training does."""
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    keys = iter(jax.random.split(jax.random.key(seed), 100))
+    lora = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), lora)
+    return nnx.merge(graphdef, lora, rest)
+
+
+# ----------------------------------------------------------------------- choosing
+
+
+BLOCK_PATHS = ["attention/key", "attention/out", "attention/query", "attention/value"]
+BLOCK_PATHS += ["mlp/down", "mlp/up"]
+
+
+def test_all_linear_is_every_linear_but_the_head():
+    assert linear_paths(base_of(StackedModel), "all-linear") == [
+        f"layers/{path}" for path in BLOCK_PATHS
+    ]
+    in_list = [f"layers/{i}/{path}" for i in range(LAYERS) for path in BLOCK_PATHS]
+    assert linear_paths(base_of(ListModel), "all-linear") == in_list
+    assert linear_paths(base_of(ListModel)) == in_list + ["lm_head"]
+
+
+def test_a_layer_named_output_inside_a_list_is_no_head():
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.output = nnx.Linear(4, 4, rngs=rngs)
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([Layer(rngs)])
+            self.output = nnx.Linear(4, 4, rngs=rngs)
+
+    assert linear_paths(Model(nnx.Rngs(0)), "all-linear") == ["layers/0/output"]
+
+
+def test_a_regular_expression_chooses_and_leaves_the_rest_dense():
+    model = apply_qlora(
+        base_of(ListModel), where=".*/(query|value)", rank=2, rngs=nnx.Rngs(1)
+    )
+    kinds = {
+        path: is_qlora(node)
+        for path, node in nnx.iter_modules(model)
+        if isinstance(node, nnx.Linear | nnx.LinearGeneral | QLoRALinear)
+    }
+    assert sum(kinds.values()) == 2 * LAYERS
+    assert {path[-1] for path, chosen in kinds.items() if chosen} == {"query", "value"}
+
+
+@pytest.mark.parametrize("surgery", [quantize_model, apply_qlora])
+def test_choosing_nothing_lists_what_there_is(surgery):
+    options = {"rngs": nnx.Rngs(0)} if surgery is apply_qlora else {}
+    with pytest.raises(ConfigError, match=r"'q_proj' chooses no linear.*: down, up"):
+        surgery(MLP(nnx.Rngs(0)), where="q_proj", **options)
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        surgery(MLP(nnx.Rngs(0)), where="*", **options)
+
+
+# ----------------------------------------------------------------------- the surgery
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_the_given_model_stays_as_it_is(make):
+    model = base_of(make)
+    before, arrays = nnx.graphdef(model), jax.tree.leaves(nnx.state(model))
+    adapted = apply_qlora(model, rank=2, rngs=nnx.Rngs(1))
+    adapted.eval()
+    assert nnx.graphdef(model) == before
+    after = jax.tree.leaves(nnx.state(model))
+    assert all(old is new for old, new in zip(arrays, after, strict=True))
+    # unadapted variables are new objects over the same arrays
+    assert adapted.lm_head.kernel is not model.lm_head.kernel
+    assert adapted.lm_head.kernel.get_value() is model.lm_head.kernel.get_value()
+
+
+def test_shapes_of_the_lora_tree_as_one_literal():
+    model = apply_qlora(base_of(StackedModel), where=".*(out|up)", rank=4, rngs=nnx.Rngs(1))
+    _, lora, _ = nnx.split(model, nnx.LoRAParam, ...)
+    assert jax.tree.map(jnp.shape, nnx.to_pure_dict(lora)) == {
+        "layers": {
+            "attention": {"out": {"lora_a": (2, 16, 4), "lora_b": (2, 4, 16)}},
+            "mlp": {"up": {"lora_a": (2, 16, 4), "lora_b": (2, 4, 24)}},
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "jit", "dtype"),
+    [
+        (ListModel, False, jnp.float32),
+        (ListModel, True, jnp.bfloat16),
+        (StackedModel, True, jnp.float32),
+        (StackedModel, True, jnp.bfloat16),
+    ],
+)
+def test_first_outputs_equal_the_quantized_bases_to_the_bit(make, jit, dtype):
+    base = quantize_model(base_of(make, dtype))
+    adapted = apply_qlora(base, rank=4, rngs=nnx.Rngs(1))
+    run = call if jit else lambda model, x: model(x)
+    x = inputs(dtype)
+    y, expected = run(adapted, x), run(base, x)
+    assert y.dtype == expected.dtype == dtype
+    assert (y == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"), [(ListModel, jnp.float32), (StackedModel, jnp.bfloat16)]
+)
+def test_adapters_on_a_dense_base_change_no_bit(make, dtype):
+    base = base_of(make, dtype)
+    adapted = apply_qlora(base, rank=4, quant_type=None, rngs=nnx.Rngs(1))
+    x = inputs(dtype)
+    assert (call(adapted, x) == call(base, x)).all()
+    kernel = nnx.state(adapted)["layers"]
+    assert not any(isinstance(leaf, QuantizedTensor) for leaf in flatten_paths(kernel).values())
+
+
+def test_the_quantized_layers_compute_with_the_dequantized_kernels():
+    model = base_of(ListModel)
+    quantized, x = quantize_model(model), inputs()
+    dense, report = merge_model(quantized)
+    assert report == {} and nnx.graphdef(dense) == nnx.graphdef(model)
+    y, original = call(quantized, x), call(model, x)
+    np.testing.assert_allclose(y, call(dense, x), rtol=1e-4, atol=1e-4)
+    difference = np.linalg.norm(y - original) / np.linalg.norm(original)
+    assert 0.001 < difference < 0.3
+
+
+def test_surgery_on_an_abstract_model_has_the_shapes_of_the_concrete_one():
+    abstract = nnx.eval_shape(lambda: StackedModel(nnx.Rngs(0)))
+    concrete = base_of(StackedModel)
+    options = dict(rank=2, dropout=0.1)
+    from_abstract = apply_qlora(quantize_model(abstract), rngs=nnx.Rngs(1), **options)
+    assert shapes(from_abstract) == shapes(apply_qlora(concrete, rngs=nnx.Rngs(1), **options))
+    leaves = jax.tree.leaves(nnx.state(from_abstract, (QuantizedParam, nnx.LoRAParam)))
+    assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def test_surgery_under_eval_shape_has_the_same_shapes():
+    def build():
+        return apply_qlora(StackedModel(nnx.Rngs(0)), rank=2, dropout=0.1, rngs=nnx.Rngs(1))
+
+    assert shapes(nnx.eval_shape(build)) == shapes(build())
+
+
+def test_values_can_be_filled_into_an_abstract_model():
+    concrete = quantize_model(base_of(StackedModel))
+    model = quantize_model(nnx.eval_shape(lambda: StackedModel(nnx.Rngs(0))))
+    nnx.update(model, nnx.state(concrete))
+    assert (call(model, inputs()) == call(concrete, inputs())).all()
+
+
+def test_a_quantized_base_is_kept_and_may_be_larger_than_what_is_adapted():
+    base = quantize_model(base_of(ListModel))
+    model = apply_qlora(base, where=".*/query", rank=2, rngs=nnx.Rngs(1))
+    query, old = model.layers[0].attention.query, base.layers[0].attention.query
+    assert query.kernel.get_value().codes is old.kernel.get_value().codes
+    assert query.rank == 2 and model.layers[0].mlp.up.rank == 0 == old.rank
+
+
+def test_adapting_twice_is_refused():
+    model = apply_qlora(MLP(nnx.Rngs(0)), where="up", rank=2, rngs=nnx.Rngs(1))
+    with pytest.raises(ConfigError, match="have an adapter: up"):
+        apply_qlora(model, rank=2, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"dropout": 1.0}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        apply_qlora(MLP(nnx.Rngs(0)), rngs=nnx.Rngs(1), **options)
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_name():
+    model = nnx.clone(base_of(ListModel))
+    model.layers[1].mlp.up.kernel[0, 0] = jnp.nan
+    with pytest.raises(Exception, match="layers/1/mlp/up/kernel"):
+        quantize_model(model)
+
+
+class Containers(nnx.Module):
+    """Layers in a dict, a tuple and a list; one module and one kernel are shared; a cycle."""
+
+    def __init__(self, rngs):
+        shared = nnx.Linear(4, 4, rngs=rngs)
+        self.table = nnx.Dict(a=shared, b=nnx.Linear(4, 4, rngs=rngs))
+        self.pair = nnx.data((shared, nnx.Linear(4, 4, rngs=rngs)))
+        self.nested = nnx.data([{"x": nnx.Linear(4, 4, rngs=rngs)}])
+        self.tied = nnx.Linear(4, 4, rngs=rngs)
+        self.tied.kernel = shared.kernel
+        self.me = self
+
+    def __call__(self, x):
+        for layer in (*self.table.values(), *self.pair, self.nested[0]["x"], self.tied):
+            x = layer(x)
+        return x
+
+
+def test_every_container_is_searched_and_sharing_is_kept():
+    base = Containers(nnx.Rngs(0))
+    model = apply_qlora(base, rank=2, rngs=nnx.Rngs(1))
+    layers = [*model.table.values(), *model.pair, model.nested[0]["x"], model.tied]
+    assert all(isinstance(layer, QLoRALinear) for layer in layers)
+    assert model.table.a is model.pair[0] and model.me is model
+    assert model.tied.kernel is model.table.a.kernel
+    assert model.tied.lora_a is not model.table.a.lora_a
+    assert isinstance(base.pair[0], nnx.Linear) and isinstance(base.nested[0]["x"], nnx.Linear)
+    np.testing.assert_allclose(model(jnp.ones((1, 4))), base(jnp.ones((1, 4))), atol=0.3)
+
+
+def test_a_single_layer_is_a_model():
+    layer = apply_qlora(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rank=1, rngs=nnx.Rngs(1))
+    assert isinstance(layer, QLoRALinear) and layer(jnp.ones(4)).shape == (3,)
+
+
+def test_layers_with_a_meaning_of_their_own_are_left_alone():
+    class Doubled(nnx.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    class Renamed(nnx.Linear):
+        pass
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.doubled, self.renamed = Doubled(4, 4, rngs=rngs), Renamed(4, 4, rngs=rngs)
+            self.batched = nnx.LinearGeneral(4, 4, batch_axis={0: 2}, rngs=rngs)
+
+    assert linear_paths(Model(nnx.Rngs(0))) == ["renamed"]
+
+
+# ----------------------------------------------------------------------- one layer
+
+
+@pytest.mark.parametrize(
+    ("in_features", "out_features", "axis", "shape"),
+    [
+        (8, (2, 6), -1, (3, 8)),
+        ((2, 4), 6, (-2, -1), (3, 5, 2, 4)),
+        ((2, 4), (3, 2), (-1, 1), (3, 2, 5, 4)),
+        (3, 4, 0, (3, 5, 6)),
+    ],
+)
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_a_general_linear_keeps_its_shapes(in_features, out_features, axis, shape, use_bias):
+    linear = nnx.LinearGeneral(
+        in_features, out_features, axis=axis, use_bias=use_bias,
+        bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    dense = apply_qlora(linear, rank=2, quant_type=None, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(dense(x), linear(x), rtol=1e-5, atol=1e-6)
+    quantized = perturb(apply_qlora(linear, rank=2, rngs=nnx.Rngs(1)))
+    merged, _ = merge_model(quantized)
+    assert isinstance(merged, nnx.LinearGeneral) and merged.kernel.shape == linear.kernel.shape
+    np.testing.assert_allclose(quantized(x), merged(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+def test_an_adapted_layer_means_its_formula(quant_type):
+    linear = nnx.Linear(40, 24, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    options = dict(rank=4, alpha=6.0, use_rslora=True, quant_type=quant_type)
+    layer = perturb(apply_qlora(linear, rngs=nnx.Rngs(1), **options))
+    x = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
+    value = layer.kernel.get_value()
+    w = dequantize(value, jnp.float32).T if quant_type else value
+    w, a, b, bias = (
+        np.asarray(v, np.float64) for v in (w, *layer.adapter.values(), linear.bias.get_value())
+    )
+    expected = x @ (w + a @ b * 6.0 / np.sqrt(4)) + bias
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype", "quantized", "dense"),
+    [
+        (None, jnp.bfloat16, jnp.bfloat16, jnp.float32),
+        (None, jnp.float32, jnp.float32, jnp.float32),
+        (None, jnp.int32, jnp.float32, jnp.float32),
+        (jnp.bfloat16, jnp.float32, jnp.bfloat16, jnp.bfloat16),
+    ],
+)
+def test_compute_dtype(dtype, x_dtype, quantized, dense):
+    linear, x = nnx.Linear(8, 4, dtype=dtype, rngs=nnx.Rngs(0)), jnp.ones((2, 8), x_dtype)
+    assert linear(x).dtype == dense
+    options = dict(rank=2, rngs=nnx.Rngs(1))
+    assert apply_qlora(linear, quant_type=None, **options)(x).dtype == dense
+    layer = apply_qlora(linear, **options)
+    assert layer(x).dtype == quantized and layer.lora_a.dtype == jnp.float32
+
+
+def test_a_stack_cannot_be_called_as_one_layer():
+    model = quantize_model(base_of(StackedModel))
+    with pytest.raises(ValueError, match=r"stack \(2,\).*scan"):
+        model.layers.mlp.up(inputs())
+
+
+# ----------------------------------------------------------------------- training
+
+
+def test_only_adapters_learn_and_they_do():
+    model = apply_qlora(base_of(StackedModel), rank=4, rngs=nnx.Rngs(1))
+    graphdef, lora, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    x, target, tx = inputs(), inputs(seed=1)[..., :11], optax.adam(2e-2)
+
+    @jax.jit
+    def step(lora, opt_state):
+        def loss_fn(lora):
+            return jnp.mean((nnx.merge(graphdef, lora, frozen)(x) - target) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_fn)(lora)
+        updates, opt_state = tx.update(grads, opt_state, lora)
+        return optax.apply_updates(lora, updates), opt_state, loss, grads
+
+    opt_state, losses = tx.init(lora), []
+    for _ in range(20):
+        lora, opt_state, loss, grads = step(lora, opt_state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+    names = {path.split("/")[-1] for path in flatten_paths(grads)}
+    assert names == {"lora_a", "lora_b"}
+    assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(grads))
+
+
+def test_no_optimizer_for_params_sees_a_quantized_kernel():
+    model = quantize_model(MLP(nnx.Rngs(0)))
+    assert set(flatten_paths(nnx.state(model, nnx.Param))) == {"up/bias"}
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_no_dense_base_weight_is_kept_for_the_backward_pass(make):
+    def kept(model):
+        graphdef, lora, frozen = nnx.split(model, nnx.LoRAParam, ...)
+
+        def backward(lora, frozen, x):
+            def run(lora, x):
+                return nnx.merge(graphdef, lora, frozen)(x)
+
+            return jax.vjp(run, lora, x)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(backward, lora, frozen, inputs()))
+        return {leaf.shape[-2:] for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)}
+
+    def kernels(height, width):
+        return {(height, width), (width, height)}
+
+    options = dict(rank=2, rngs=nnx.Rngs(1))
+    assert not kernels(FEATURES, 24) & kept(apply_qlora(base_of(make), **options))
+    # the same question about a dense base finds its kernels
+    dense = apply_qlora(base_of(make), quant_type=None, **options)
+    assert kernels(FEATURES, 24) & kept(dense)
+
+
+# ----------------------------------------------------------------------- dropout
+
+
+DROPPED = ["query", "up"]  # few, because compiling each stream's random bits takes a second
+
+
+def dropout_model(make, dropout=0.5):
+    options = dict(where=f".*/({'|'.join(DROPPED)})", rank=4, dropout=dropout)
+    return perturb(apply_qlora(base_of(make), rngs=nnx.Rngs(1), **options))
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_evaluation_switches_dropout_off(make):
+    model, x = dropout_model(make), inputs()
+    plain = call(dropout_model(make, dropout=0.0), x)
+    assert (call(model, x) != plain).any()
+    model.eval()
+    assert (call(model, x) == plain).all()
+    model.train()
+    assert not any(layer.deterministic for _, layer in nnx.iter_modules(model) if is_qlora(layer))
+    view = nnx.view(model, deterministic=True)
+    assert all(layer.deterministic for _, layer in nnx.iter_modules(view) if is_qlora(layer))
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_written_keys_decide_the_dropout_alone(make):
+    model, x = dropout_model(make), inputs()
+    graphdef, lora, rng, frozen = nnx.split(model, nnx.LoRAParam, nnx.RngState, ...)
+
+    @jax.jit
+    def run(rng, key):
+        return nnx.merge(graphdef, lora, set_dropout_keys(rng, key), frozen)(x)
+
+    first = run(rng, jax.random.key(0))
+    assert (first != run(rng, jax.random.key(1))).any()
+    call(model, x)  # advances the counters
+    other = nnx.state(model, nnx.RngState)
+    assert (first == run(other, jax.random.key(0))).all()
+    assert (first == run(rng, jax.random.key_data(jax.random.key(0)))).all()
+
+
+def test_every_stream_and_every_layer_gets_its_own_key():
+    model = dropout_model(StackedModel)
+    rng = set_dropout_keys(nnx.state(model, nnx.RngState), jax.random.key(3))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), rng) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), nnx.state(model, nnx.RngState)
+    )
+    flat = flatten_paths(rng)
+    keys = [jax.random.key_data(leaf) for path, leaf in flat.items() if path.endswith("key")]
+    assert {key.shape for key in keys} == {(LAYERS, 2)} and len(keys) == len(DROPPED)
+    assert len(np.unique(np.concatenate(keys), axis=0)) == LAYERS * len(DROPPED)
+
+
+def test_variables_that_are_no_streams_pass_through():
+    model = dropout_model(ListModel)
+    state = nnx.state(model)
+    changed = set_dropout_keys(state, jax.random.key(3))
+    for path, leaf in flatten_paths(changed).items():
+        if "rngs" not in path:
+            assert leaf is flatten_paths(state)[path]
+
+
+def test_a_key_of_another_implementation_is_refused():
+    rng = nnx.state(dropout_model(ListModel), nnx.RngState)
+    with pytest.raises(ValueError, match="rbg.*fry"):
+        set_dropout_keys(rng, jax.random.key(0, impl="rbg"))
+
+
+# ----------------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_dense_merge_is_a_plain_model_that_says_the_same(make):
+    base, x = base_of(make), inputs()
+    model = perturb(apply_qlora(base, rank=4, rngs=nnx.Rngs(1)))
+    merged, report = merge_model(model)
+    assert nnx.graphdef(merged) == nnx.graphdef(base) and shapes(merged) == shapes(base)
+    assert list(report) == linear_paths(base, "all-linear")
+    np.testing.assert_allclose(call(merged, x), call(model, x), rtol=2e-4, atol=2e-4)
+    leading = (LAYERS,) if make is StackedModel else ()
+    assert all(error.max_abs.shape == leading for error in report.values())
+    assert isinstance(model.layers, type(base.layers))
+
+
+def test_a_requantized_merge_keeps_the_format_and_reports_its_error():
+    base = quantize_model(base_of(StackedModel))
+    merged, report = merge_model(
+        perturb(apply_qlora(base, rank=4, rngs=nnx.Rngs(1))), requantize=True
+    )
+    assert shapes(merged) == shapes(base)
+    assert not jax.tree.leaves(nnx.state(merged, nnx.LoRAParam))
+    for error in report.values():
+        assert (0.01 < error.relative_frobenius).all() and (error.relative_frobenius < 0.2).all()
+
+
+def test_requantizing_leaves_a_dense_base_dense():
+    model = perturb(apply_qlora(MLP(nnx.Rngs(0)), rank=2, quant_type=None, rngs=nnx.Rngs(1)))
+    merged, _ = merge_model(model, requantize=True)
+    assert isinstance(merged.up, nnx.Linear)
+    np.testing.assert_allclose(merged(inputs()), model(inputs()), rtol=1e-4, atol=1e-4)
+
+
+def test_merging_what_has_no_adapters_is_refused():
+    with pytest.raises(ConfigError, match="no QLoRALinear"):
+        merge_model(MLP(nnx.Rngs(0)))
