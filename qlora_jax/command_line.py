@@ -116,9 +116,6 @@ def run(main: Callable[[], Any]) -> NoReturn:
 
     Raises:
         SystemExit: always; code 2 after a user's mistake.
-
-    Example:
-        >>> run(main)  # doctest: +SKIP
     """
     app.define_help_flags()
 
