@@ -6,13 +6,13 @@ import json
 import pathlib
 import re
 
-import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
 from flax import nnx
 
+from qlora_jax.loading import load_model
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
 
@@ -73,37 +73,10 @@ def smollm2_path() -> pathlib.Path:
     return pathlib.Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k projection from GGUF's interleaved order to the half-split order."""
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
-
-
 @functools.cache
 def smollm2() -> Llama:
     """SmolLM2-135M-Instruct, dequantized to float32; shared, so do not change it."""
-    reader = gguf.GGUFReader(smollm2_path())
-    config = LlamaConfig.from_gguf({key: field.contents() for key, field in reader.fields.items()})
-    renamed = {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "attn_output": "self_attn.o_proj",
-        **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
-        **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-    }
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    tensors = {}
-    for tensor in reader.tensors:
-        *block, name, kind = tensor.name.split(".")
-        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        if name in heads:
-            value = _unpermute(value, heads[name])
-        prefix = f"model.layers.{block[1]}." if block else ""
-        tensors[f"{prefix}{renamed[name]}.{kind}"] = value
-    return fill(Llama(config, rngs=nnx.Rngs(0)), tensors)
+    return load_model(smollm2_path(), quant_type=None)[0]
 
 
 def stories260k() -> tuple[Llama, list[bytes]]:
@@ -152,6 +125,13 @@ def stories260k() -> tuple[Llama, list[bytes]]:
             tensors[f"{prefix}{name}.weight"] = value
             offset += size
     return fill(Llama(config, rngs=nnx.Rngs(0)), tensors), _llama2c_pieces()
+
+
+def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection from the interleaved order to the half-split order."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 def _llama2c_pieces() -> list[bytes]:
