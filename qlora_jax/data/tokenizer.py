@@ -44,6 +44,15 @@ class Tokenizer:
       pad_token_id: id for padding; the end token's where the model names none, else 0.
       add_bos_token: whether the model expects BOS before a plain text.
       chat_template: Jinja source, or None.
+
+    Example:
+      >>> words = tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?")
+      >>> backend = tokenizers.Tokenizer(words)
+      >>> _ = backend.add_special_tokens(["<|im_end|>"])
+      >>> tokenizer = Tokenizer(backend, chat_template="{{ messages[0].content }}<|im_end|>")
+      >>> text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
+      >>> tokenizer.encode(text), tokenizer.eos_token_ids, tokenizer.decode([0, 2])
+      ([0, 2], (2,), 'a')
     """
 
     def __init__(
