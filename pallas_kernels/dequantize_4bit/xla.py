@@ -14,7 +14,10 @@ from pallas_kernels.formats import CODEBOOKS, plane_size
 
 def decode(codes: UInt8[Array, "*n"], quant_type: str) -> Float32[Array, "*n"]:
     """The codebook's values at `codes` (0 to 15)."""
-    values = [jnp.float32(v) for v in CODEBOOKS[quant_type]]
+    # Differentiating a scan moves what does not depend on its inputs in front of it: without this
+    # zero, `where` would broadcast 16 constants to dense arrays there, and read them in every step.
+    zero = (codes.reshape(-1)[0] & 0).astype(jnp.float32)
+    values = [jnp.float32(v) + zero for v in CODEBOOKS[quant_type]]
     for level in range(4):
         bit = (codes & (1 << level)) != 0
         pairs = zip(values[0::2], values[1::2], strict=True)
