@@ -292,9 +292,7 @@ def _as_qlora(linear: nnx.Module) -> QLoRALinear:
     return linear if isinstance(linear, QLoRALinear) else QLoRALinear.from_linear(linear)
 
 
-def _with_qlora_linears(
-    model: nnx.Module, where: str
-) -> tuple[nnx.Module, dict[str, QLoRALinear]]:
+def _with_qlora_linears(model: nnx.Module, where: str) -> tuple[nnx.Module, dict[str, QLoRALinear]]:
     """A clone whose chosen layers are ``QLoRALinear``, and these by path."""
     model = nnx.clone(model)
     paths = set(linear_paths(model, where))

@@ -242,9 +242,7 @@ def lora_matmul(
         Array([[6., 6.]], dtype=float32)
     """
     base = matmul(x, w) if is_quantized(w) else x @ w.astype(x.dtype).T
-    return base + lora_delta(
-        x, lora, alpha=alpha, use_rslora=use_rslora, dropout=dropout, key=key
-    )
+    return base + lora_delta(x, lora, alpha=alpha, use_rslora=use_rslora, dropout=dropout, key=key)
 
 
 def merge_weight(

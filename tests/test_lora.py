@@ -37,9 +37,7 @@ def stack_quantized(w, **options):
 
 def reference(x, w, adapter, alpha, use_rslora=False):
     """The formula of the module docstring in float64; w is (out, in)."""
-    x, w, a, b = (
-        np.asarray(v, np.float64) for v in (x, w, adapter["lora_a"], adapter["lora_b"])
-    )
+    x, w, a, b = (np.asarray(v, np.float64) for v in (x, w, adapter["lora_a"], adapter["lora_b"]))
     rank = a.shape[1]
     return x @ w.T + (x @ a @ b) * (alpha / (np.sqrt(rank) if use_rslora else rank))
 

@@ -47,8 +47,10 @@ def test_is_leaf_stops_the_descent():
 @given(
     st.recursive(
         st.integers(),
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(st.text("abc", min_size=1, max_size=3), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.text("abc", min_size=1, max_size=3), inner, max_size=3)
+        ),
         max_leaves=12,
     )
 )
