@@ -198,7 +198,8 @@ class _Run:
         self.steps = config.train.steps or self.batches.num_batches(config.train.epochs)
         self.tx, self.schedule = build_optimizer(config, self.steps)
         self.loss_fn = partial(next_token_loss, chunk_size=config.train.loss_chunk)
-        self.state = init_state(lora, self.tx, config.seed)
+        # on the device explicitly, as a restored state is: both compile to the same program
+        self.state = jax.device_put(init_state(lora, self.tx, config.seed), device)
         # measured before the first step; travels in the metadata of the checkpoints
         self.before: dict[str, Any] | None = None
         self.train_loss: float | None = None

@@ -30,7 +30,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
-from qlora_jax.flax_nnx import set_dropout_keys
+from qlora_jax.flax_nnx import HEAD_NAMES, set_dropout_keys
 from qlora_jax.losses import chunked_cross_entropy, next_token_targets
 
 Batch = Mapping[str, Array]
@@ -91,7 +91,15 @@ def next_token_loss(
         # random stream of an outer trace advance (tree.map makes new variables)
         return nnx.merge(graphdef, jax.tree.map(lambda x: x, state)).head(chunk)
 
-    loss = chunked_cross_entropy(head, hidden, targets, mask, chunk_size=chunk_size)
+    adapted = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
+    loss = chunked_cross_entropy(
+        head,
+        hidden,
+        targets,
+        mask,
+        chunk_size=chunk_size,
+        trainable_head=not adapted.isdisjoint(HEAD_NAMES),
+    )
     return loss, jnp.sum(mask)
 
 
