@@ -202,7 +202,11 @@ def lora_delta(
         keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
         x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros((), x.dtype))
     scaling = lora_scaling(a.shape[1], alpha, use_rslora)
-    return ((x @ a.astype(x.dtype)) * scaling) @ b.astype(x.dtype)
+    # Flat tokens: a gradient that contracts two token axes makes XLA transpose its operands, which
+    # on a CPU takes longer than the product itself.
+    tokens = x.reshape(-1, x.shape[-1])
+    delta = ((tokens @ a.astype(x.dtype)) * scaling) @ b.astype(x.dtype)
+    return delta.reshape(*x.shape[:-1], b.shape[1])
 
 
 def lora_matmul(
