@@ -37,10 +37,21 @@ def tiny_config(**overrides) -> LlamaConfig:
     return LlamaConfig(**{**values, **overrides})
 
 
-def fill(model: Llama, tensors: dict[str, np.ndarray]) -> Llama:
-    """Writes Hugging Face tensors into the model; every one must find its variable."""
-    tensors = dict(tensors)
-    layers = model.config.num_hidden_layers
+def random_model(config: LlamaConfig, **kwargs) -> Llama:
+    """A model of NumPy's random weights, for which nothing has to be compiled."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **kwargs))
+    generator = np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        center, scale = (1.0, 0.1) if path[-1] == "scale" else (0.0, 0.2)
+        value = generator.normal(center, scale, variable.shape)
+        variable.set_value(jnp.asarray(value, variable.dtype))
+    return model
+
+
+def fill(config: LlamaConfig, tensors: dict[str, np.ndarray]) -> Llama:
+    """A model of Hugging Face tensors; every one must find its variable."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    tensors, layers = dict(tensors), config.num_hidden_layers
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *parents, kind = path
         name = ".".join(parents) + (".bias" if kind == "bias" else ".weight")
@@ -62,7 +73,7 @@ def golden_tiny(case: str) -> tuple[Llama, np.ndarray, np.ndarray]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         config = LlamaConfig.from_hf(json.loads(file.metadata()["config"]))
     ids, logits = tensors.pop("golden.ids"), tensors.pop("golden.logits")
-    return fill(Llama(config, rngs=nnx.Rngs(0)), tensors), ids, logits
+    return fill(config, tensors), ids, logits
 
 
 def smollm2_path() -> pathlib.Path:
@@ -124,7 +135,7 @@ def stories260k() -> tuple[Llama, list[bytes]]:
                 value = _unpermute(value, shape[0] // config.head_dim)
             tensors[f"{prefix}{name}.weight"] = value
             offset += size
-    return fill(Llama(config, rngs=nnx.Rngs(0)), tensors), _llama2c_pieces()
+    return fill(config, tensors), _llama2c_pieces()
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from llama_models import (
     GOLDEN,
     SHARED_MODELS,
     golden_tiny,
+    random_model,
     smollm2,
     smollm2_path,
     stories260k,
@@ -140,7 +141,8 @@ def test_top_k_of_one_is_greedy(model):
 
 
 def test_adapters_are_used_and_dropout_is_off():
-    plain = Llama(tiny_config(hidden_size=32, head_dim=8), rngs=nnx.Rngs(0))
+    config = tiny_config(hidden_size=32, head_dim=8)
+    plain = random_model(config)
     adapted = apply_qlora(
         plain, rank=4, dropout=0.5, quant_type=None, rngs=nnx.Rngs(params=1, dropout=2)
     )
