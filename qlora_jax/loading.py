@@ -168,9 +168,11 @@ def fill_model(
 
 
 def base_fingerprint(model: nnx.Module) -> str:
-    """Hashes the frozen weights as they are stored, so that an adapter can name its base.
+    """Hashes the frozen weights, so that an adapter can name its base.
 
-    Adapters and random keys do not count; the order of attributes does not matter.
+    Adapters and random keys do not count; the order of attributes does not matter. A base has one
+    fingerprint whether it is loaded with float32 or bfloat16 as compute dtype: an adapter trained
+    on a GPU is welcome on a CPU. Only float16 can differ, where it cannot hold the file's values.
 
     Args:
       model: with or without adapters.
@@ -190,6 +192,11 @@ def base_fingerprint(model: nnx.Module) -> str:
         value = variable.get_value()
         if is_quantized(value):
             digest.update(f"{value.quant_type},{value.block_size},{value.shape};".encode())
+        elif jnp.issubdtype(value.dtype, jnp.floating):
+            # Embeddings, norms and biases have the compute dtype. Rounded to bfloat16 they are the
+            # same bits from either; codes and scales are made from the file's values and are so
+            # anyway.
+            value = jnp.asarray(value, jnp.bfloat16)
         for leaf in jax.tree.leaves(value):
             array = np.ascontiguousarray(leaf)
             digest.update(f"{path},{array.dtype},{array.shape};".encode())

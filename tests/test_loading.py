@@ -23,6 +23,7 @@ from qlora_jax.flax_nnx import apply_qlora
 from qlora_jax.loading import base_fingerprint, load_model, quantize_in_pieces
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
+from qlora_jax.nnx_linear import QuantizedParam
 from qlora_jax.quantized import QuantizedTensor, dequantize, quantize
 from qlora_jax.weights import open_checkpoint
 
@@ -237,6 +238,27 @@ def test_the_fingerprint_is_that_of_the_base(folder):
     rewrite(folder, {"model.norm.weight": norm})
     others.append(load_model(folder)[0])
     assert len({fingerprint, *map(base_fingerprint, others)}) == 4
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_base_and_fingerprint_do_not_depend_on_the_compute_dtype(folder, dtype):
+    checkpoint = open_checkpoint(folder)
+    noise = np.random.default_rng(0)
+    rewrite(
+        folder,
+        {
+            name: (0.1 * noise.standard_normal(checkpoint.shape(name))).astype(dtype)
+            for name in checkpoint.names()
+        },
+    )
+    models = [load_model(folder, dtype=compute)[0] for compute in (jnp.float32, jnp.bfloat16)]
+    codes = [nnx.to_pure_dict(nnx.state(model, QuantizedParam)) for model in models]
+    for one, other in zip(*map(jax.tree.leaves, codes), strict=True):
+        np.testing.assert_array_equal(one, other)
+    fingerprints = [base_fingerprint(model) for model in models]
+    assert fingerprints[0] == fingerprints[1]
+    rewrite(folder, {"model.norm.weight": np.full(32, 0.5, dtype)})
+    assert base_fingerprint(load_model(folder)[0]) not in fingerprints
 
 
 def test_smollm2_in_full_precision_and_in_nf4():
