@@ -301,5 +301,11 @@ def test_failing_templates_are_data_errors(template, message):
         render_chat_template(template, [{"role": "user", "content": "x"}])
 
 
-def test_strftime_now_gives_this_year():
-    assert 2024 <= int(render_chat_template("{{ strftime_now('%Y') }}", [])) < 2200
+def test_the_date_in_a_template_is_the_same_every_day():
+    """As Llama 3.2 writes it; without a clock that template takes the same date."""
+    template = (
+        "{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
+        "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}"
+        "Today Date: {{ date_string }}"
+    )
+    assert render_chat_template(template, []) == "Today Date: 26 Jul 2024"

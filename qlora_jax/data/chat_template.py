@@ -5,6 +5,11 @@ sandbox and sees plain strings, lists and dictionaries only. The environment off
 transformers' `apply_chat_template` offers (the same whitespace rules, `tojson` without HTML
 escapes, `raise_exception`, `strftime_now`, loop controls, the `generation` block), so that a
 template renders to the same text.
+
+One thing differs. Templates such as those of Llama 3.1 and 3.2 write the date of today into the
+system turn. Here it is always 26 Jul 2024, the date to which Llama's own template falls back where
+there is no clock: training data that changed overnight could not be continued to the bit, and what
+is asked of the model afterwards should look like what it was trained on.
 """
 
 import datetime
@@ -20,6 +25,8 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlora_jax.errors import DataError
+
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 
 
 def render_chat_template(
@@ -99,7 +106,8 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)
+    """Formats `TEMPLATE_DATE` instead of the date of today."""
+    return TEMPLATE_DATE.strftime(format)
 
 
 def _to_json(
