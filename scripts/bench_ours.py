@@ -15,7 +15,6 @@ The first step contains the compilation. `peak_rss` is the process's own high-wa
 from __future__ import annotations
 
 import json
-import pathlib
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -30,6 +29,7 @@ from qlora_jax.data.masking import tokenize_records
 from qlora_jax.data.records import load_records
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.files import resolve_path
+from qlora_jax.metrics import host_memory
 from qlora_jax.training.building import (
     build_model,
     build_optimizer,
@@ -52,12 +52,6 @@ def real_tokens(steps: int) -> Int[np.ndarray, "S B T"]:
     examples = tokenize_records(records, tokenizer, max_len=100_000, train_on="all")
     stream = np.concatenate([np.asarray(example.tokens, np.int32) for example in examples])
     return np.resize(stream, (steps, BATCH_SIZE, SEQ_LEN))
-
-
-def peak_rss() -> int:
-    """The most memory this process ever had resident, in bytes (Linux)."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def train_steps(
@@ -107,7 +101,7 @@ def train_steps(
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu_started,
             "loss": float(metrics["loss"]),
-            "peak_rss": peak_rss(),
+            "peak_rss": host_memory()[1],
         }
 
 

@@ -283,13 +283,13 @@ def test_smollm2_in_full_precision_and_in_nf4():
 
 # Prints peak and packed size in bytes. The peak includes the interpreter and all libraries.
 MEASURE = """
-import resource, sys
+import sys
 import jax, jax.numpy as jnp
 from flax import nnx
 from qlora_jax.loading import load_model
+from qlora_jax.metrics import host_memory
 model, _ = load_model(sys.argv[1], dtype=jnp.bfloat16)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(peak, sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))))
+print(host_memory()[1], sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))))
 """
 
 
