@@ -28,7 +28,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
-from qlora_jax.errors import ConfigError
+from pallas_kernels.formats import check_format
+from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.lora import MergeError, is_quantized, merge_weight
 from qlora_jax.nnx_linear import QLoRALinear, QuantizedParam
 from qlora_jax.quantized import dequantize
@@ -104,7 +105,8 @@ def quantize_model(
         that share their arrays with ``model``; already quantized layers keep their kernels.
 
     Raises:
-        ConfigError: ``where`` chooses nothing.
+        ConfigError: ``where`` chooses nothing; the format is unknown.
+        WeightsError: a kernel holds NaN or infinity, or is no float of 16 or 32 bits.
 
     Example:
         >>> model = quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), where=".*")
@@ -158,7 +160,8 @@ def apply_qlora(
 
     Raises:
         ConfigError: ``where`` chooses nothing or a layer that has an adapter; rank or dropout is
-            out of range.
+            out of range; the format is unknown.
+        WeightsError: a kernel holds NaN or infinity, or is no float of 16 or 32 bits.
 
     Example:
         >>> block = nnx.MultiHeadAttention(2, 16, decode=False, rngs=nnx.Rngs(0))
@@ -331,7 +334,14 @@ def _substitute(node: Any, replacements: dict[int, Any], done: dict[int, Any]) -
 
 
 def _quantize_kernels(linears: dict[str, QLoRALinear], **options: Any) -> None:
-    """Quantizes the dense kernels in place; layers that share one dense kernel share the result."""
+    """Quantizes the dense kernels in place; layers that share one dense kernel share the result.
+
+    The pure functions below raise ValueError; whoever runs a script gets an error that says it.
+    """
+    try:
+        check_format(options["quant_type"], options["block_size"])
+    except ValueError as error:
+        raise ConfigError(f"the base cannot be quantized: {error}.") from None
     done: dict[int, tuple[nnx.Variable, nnx.Variable]] = {}
     for path, linear in linears.items():
         dense = linear.kernel
@@ -340,7 +350,12 @@ def _quantize_kernels(linears: dict[str, QLoRALinear], **options: Any) -> None:
         if id(dense) in done:
             linear.kernel = done[id(dense)][1]
             continue
-        linear.quantize_kernel(name=f"{path}/kernel", **options)
+        try:
+            linear.quantize_kernel(name=f"{path}/kernel", **options)
+        except ValueError as error:
+            raise WeightsError(
+                f"{error}. Leave this layer out of where, or give a model with other weights."
+            ) from None
         # The dense variable is kept in the tuple so that its id is not used again meanwhile.
         done[id(dense)] = (dense, linear.kernel)
 

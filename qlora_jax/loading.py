@@ -68,6 +68,7 @@ def load_model(
 
     Raises:
       UserError: there is nothing at `path`.
+      ConfigError: the format is unknown, or `where` chooses no layer.
       WeightsError: a file is damaged, refused or not supported; tensors are missing, unknown or
         have another shape (all are listed); a tensor holds NaN or infinity.
 

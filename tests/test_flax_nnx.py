@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from qlora_jax.errors import ConfigError
+from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.flax_nnx import (
     QLoRALinear,
     QuantizedParam,
@@ -284,8 +284,18 @@ def test_options_out_of_range_are_refused(options):
 def test_a_weight_that_is_not_finite_is_refused_by_name():
     model = nnx.clone(base_of(ListModel))
     model.layers[1].mlp.up.kernel[0, 0] = jnp.nan
-    with pytest.raises(Exception, match="layers/1/mlp/up/kernel"):
+    with pytest.raises(WeightsError, match="layers/1/mlp/up/kernel: holds a NaN .* Leave this"):
         quantize_model(model)
+
+
+@pytest.mark.parametrize("options", [{"quant_type": "nf5"}, {"block_size": 48}])
+@pytest.mark.parametrize("abstract", [False, True])
+def test_an_unknown_format_is_a_mistake_of_the_user(options, abstract):
+    model = nnx.eval_shape(lambda: MLP(nnx.Rngs(0))) if abstract else MLP(nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}=.* use one of"):
+        quantize_model(model, **options)
+    with pytest.raises(ConfigError, match="cannot be quantized"):
+        apply_qlora(model, rank=2, rngs=nnx.Rngs(1), **options)
 
 
 class Containers(nnx.Module):

@@ -18,7 +18,7 @@ from synthetic_checkpoint import CONFIG, hf_shapes, write_checkpoint
 from test_gguf import permute_as_llama_cpp, write_gguf
 
 from qlora_jax import loading
-from qlora_jax.errors import UserError, WeightsError
+from qlora_jax.errors import UserError, WeightsError, run_main
 from qlora_jax.flax_nnx import apply_qlora
 from qlora_jax.loading import base_fingerprint, load_model, quantize_in_pieces
 from qlora_jax.models.config import LlamaConfig
@@ -214,6 +214,20 @@ def test_paths_that_are_no_model(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"x")
     with pytest.raises(WeightsError, match="is a pickle"):
         load_model(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quant_type": "nf5"}, "quant_type='nf5' is unknown: use one of"),
+        ({"block_size": 48}, "block_size=48 is not supported: use one of"),
+        ({"where": "no/such/layer"}, "where='no/such/layer' chooses no linear layer"),
+    ],
+)
+def test_options_that_cannot_be_end_a_script_with_code_2(folder, capsys, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        run_main(lambda: load_model(folder, **options))
+    assert message in capsys.readouterr().err
 
 
 def test_progress_counts_every_tensor(folder):
