@@ -22,10 +22,12 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import CheckpointError, ConfigError, TrainingError
 from qlora_jax.generation import generate
 from qlora_jax.metrics import read_metrics
+from qlora_jax.training import building
 from qlora_jax.training import run as run_lib
 from qlora_jax.training.building import build_model, build_optimizer, split_model
 from qlora_jax.training.data import load_training_data
 from qlora_jax.training.step import init_state
+from qlora_jax.training.workdir import Workdir
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +111,7 @@ def test_a_run_from_beginning_to_end(config, tmp_path):
     assert "«it is " in text.replace("«itis", "«it is ")
     assert "\x1b" not in text
 
-    names = {"README.md", "config.json", "metrics.jsonl", "loss.png", "result.json"}
+    names = {"README.md", "config.json", "metrics.jsonl", "loss.png", "result.json", ".lock"}
     assert names | {"checkpoints", "tensorboard"} == {path.name for path in workdir.iterdir()}
     written = read_metrics(workdir)
     assert [row["loss"] for row in written if "loss" in row] == [loss for _, loss in rows]
@@ -252,6 +254,22 @@ def test_a_directory_that_cannot_be_written_is_named_before_anything_is_loaded(
         run(config, tmp_path / "file" / "run")
 
 
+def test_a_directory_that_is_trained_in_is_refused_before_anything_is_loaded(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_lib, "build_model", lambda *a, **k: pytest.fail("loaded"))
+    code = "import sys; from qlora_jax.training.workdir import Workdir\n"
+    code += "with Workdir(sys.argv[1]).lock(): print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, tmp_path / "run"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(TrainingError, match="another process; wait for it, stop it"):
+            run(config, tmp_path / "run")
+        other.kill()
+    with Workdir(tmp_path / "run").lock():
+        pass
+
+
 def test_a_disk_without_room_is_refused_before_training(config, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("qlora_jax.training.workdir.shutil.disk_usage", lambda path: usage)
@@ -279,7 +297,6 @@ def test_load_trained_says_what_is_missing(config, tmp_path):
 @pytest.mark.parametrize(
     ("platform", "capability", "expected"),
     [
-        ("cpu", None, "float32"),
         ("tpu", None, "bfloat16"),
         ("gpu", "9.0", "bfloat16"),
         ("gpu", "8.0", "bfloat16"),
@@ -291,6 +308,12 @@ def test_compute_dtype_follows_the_device(platform, capability, expected):
     device = type("Device", (), {"platform": platform, "compute_capability": capability})
     assert training.choose_compute_dtype("auto", device)[0].name == expected
     assert training.choose_compute_dtype("float16", device)[0].name == "float16"
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_compute_dtype_on_a_cpu_follows_its_instructions(monkeypatch, native, expected):
+    monkeypatch.setattr(building, "cpu_multiplies_bfloat16", lambda: native)
+    assert building.choose_compute_dtype("auto", jax.devices("cpu")[0])[0].name == expected
 
 
 def test_the_script_ends_with_code_2_and_one_message(config, tmp_path):

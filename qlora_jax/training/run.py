@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import config_dict
-
 from qlora_jax import config as config_lib
 from qlora_jax.checkpoint import Checkpointer
 from qlora_jax.data.batches import BatchIterator, eval_batches
@@ -40,6 +39,7 @@ from qlora_jax.training.data import load_training_data, question_text
 from qlora_jax.training.loop import Hooks, Intervals, run_steps
 from qlora_jax.training.step import (
     TrainState,
+    compile_step,
     evaluate_loss,
     init_state,
     make_train_step,
@@ -96,7 +96,8 @@ def train(
 
     Raises:
         ConfigError: a field cannot be used, or differs from the run that `workdir` holds.
-        TrainingError: the directory cannot be written to, or a loss is not a finite number.
+        TrainingError: the directory cannot be written to, another process trains there, or a loss
+            is not a finite number.
         KeyboardInterrupt: after Ctrl-C, when the state is saved.
 
     >>> result = train(config, "runs/first")  # doctest: +SKIP
@@ -107,7 +108,8 @@ def train(
         report.finished(result.workdir, result.steps)
         return result
     try:
-        return _Run(config, directory, report, on_step).execute()
+        with directory.lock():
+            return _Run(config, directory, report, on_step).execute()
     except OSError as error:
         if error.filename and not pathlib.Path(error.filename).is_relative_to(directory.path):
             raise
@@ -285,7 +287,7 @@ class _Run:
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
         step = make_train_step(self.graphdef, self.tx, loss_fn=self.loss_fn)
         with self.report.busy("compiling (once)") as notes:
-            compiled = step.lower(self.state, self.frozen, batch).compile()
+            compiled = compile_step(step, self.state, self.frozen, batch)
             if memory := compiled.memory_analysis():
                 peak = (
                     memory.argument_size_in_bytes

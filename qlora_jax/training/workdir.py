@@ -5,6 +5,7 @@
     metrics.jsonl   see `qlora_jax.metrics` (also tensorboard/ and loss.png)
     result.json     written last: a run is finished when it is there
     README.md       the model card
+    .lock           locked by the process that trains here
 
 A run that is continued must be the same run. Every field that has a say in the adapter has to be
 what it was; fields that only say how long to train, what to print and what to keep may change (a
@@ -14,7 +15,9 @@ these are recognised by their content.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -59,6 +62,24 @@ class Workdir:
 
     def __truediv__(self, name: str) -> pathlib.Path:
         return self.path / name
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes from training here; the lock ends with this one, however it ends.
+
+        Raises:
+            TrainingError: another process, or another call in this one, has the lock.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TrainingError(
+                    f"{self.path} is being trained in by another process; wait for it, stop it "
+                    "(Ctrl-C there saves its state), or choose another --workdir"
+                ) from None
+            # The file stays: one that is removed could be locked by two, before and after.
+            yield
 
     def check_space(self, needed: int) -> None:
         """Refuses to start what the disk has no room for.
