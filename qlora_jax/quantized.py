@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
 import pallas_kernels as pk
+from pallas_kernels.devices import compiler_options
 from pallas_kernels.formats import check_format
 
 
@@ -158,10 +159,18 @@ def dequantize(q: QuantizedTensor, dtype: jnp.dtype | None = None) -> Float[Arra
     >>> dequantize(q).tolist()
     [[1.0, -1.0], [0.0, 1.0]]
     """
-    return _dequantize(q, jnp.dtype(dtype or q.dtype))
+    dtype = jnp.dtype(dtype or q.dtype)
+    if isinstance(q.codes, jax.Array) and not isinstance(q.codes, jax.core.Tracer):
+        (platform,) = {device.platform for device in q.codes.devices()}
+        return _compiled_dequantize(platform)(q, dtype)
+    return _dequantize(q, dtype)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.cache
+def _compiled_dequantize(platform):
+    return jax.jit(_dequantize, static_argnums=1, compiler_options=compiler_options(platform))
+
+
 def _dequantize(q, dtype):
     if q.leading_shape:
         return jax.vmap(lambda one: _dequantize(one, dtype))(q)

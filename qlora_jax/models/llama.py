@@ -6,10 +6,10 @@
 
 The layers are one module whose variables carry a leading layer axis, and `jax.lax.scan` walks over
 it: program size and compile time do not grow with depth. The scan splits the module into its graph
-  and its state and puts
-it together again inside, so it does not matter what the linear layers are: whatever is callable on
-[..., in] and keeps its arrays under a leading layer axis can take the place of an `nnx.Linear`.
-State is read-only inside the scan; whatever a layer writes into its own variables there is dropped.
+and its state and puts it together again inside, so it does not matter what the linear layers are:
+whatever is callable on [..., in] and keeps its arrays under a leading layer axis can take the place
+of an `nnx.Linear`. State is read-only inside the scan; whatever a layer writes into its own
+variables there is dropped.
 
 Paths mirror Hugging Face's names: `layers.self_attn.q_proj.kernel` is
 `model.layers.{0..L-1}.self_attn.q_proj.weight`, transposed and stacked.
@@ -40,6 +40,37 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     # The outputs of all matrix products without a batch axis, adapters' included.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+@jax.custom_vjp
+def vocabulary_product(
+    hidden: Float[Array, "*B D"], kernel: Float[Array, "D V"]
+) -> Float[Array, "*B V"]:
+    """`hidden @ kernel` in float32, of factors in `hidden.dtype`, in both directions.
+
+    Left to itself, JAX would multiply the float32 gradient of the logits with the kernel in
+    float32: for 16-bit models several times slower, and with a copy of the kernel in float32.
+
+    >>> vocabulary_product(jnp.ones((1, 2), jnp.bfloat16), jnp.ones((2, 3))).dtype
+    dtype('float32')
+    """
+    kernel = kernel.astype(hidden.dtype)
+    return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _vocabulary_product_forward(hidden, kernel):
+    return vocabulary_product(hidden, kernel), (hidden, kernel)
+
+
+def _vocabulary_product_backward(residuals, g):
+    hidden, kernel = residuals
+    g = g.astype(hidden.dtype)
+    d_hidden = jnp.einsum("...v,dv->...d", g, kernel.astype(hidden.dtype))
+    d_kernel = jnp.einsum("...d,...v->dv", hidden, g, preferred_element_type=jnp.float32)
+    return d_hidden, d_kernel.astype(kernel.dtype)
+
+
+vocabulary_product.defvjp(_vocabulary_product_forward, _vocabulary_product_backward)
 
 
 class MLP(nnx.Module):
@@ -207,10 +238,11 @@ class Llama(nnx.Module):
 
     def head(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32 logits of final-normed hidden states."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden).astype(jnp.float32)
-        embedding = self.embed_tokens.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+        if self.lm_head is None:
+            return vocabulary_product(hidden, self.embed_tokens.embedding[...].T)
+        if type(self.lm_head) is nnx.Linear:
+            return vocabulary_product(hidden, self.lm_head.kernel[...])
+        return self.lm_head(hidden).astype(jnp.float32)
 
     def init_cache(self, batch_size: int, max_len: int) -> KVCache:
         """An empty cache with room for `max_len` tokens a row."""

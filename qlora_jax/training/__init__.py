@@ -10,6 +10,7 @@ from qlora_jax.training.run import TrainResult as TrainResult
 from qlora_jax.training.run import load_trained as load_trained
 from qlora_jax.training.run import train as train
 from qlora_jax.training.step import TrainState as TrainState
+from qlora_jax.training.step import compile_step as compile_step
 from qlora_jax.training.step import evaluate_loss as evaluate_loss
 from qlora_jax.training.step import init_state as init_state
 from qlora_jax.training.step import make_train_step as make_train_step

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from ml_collections import config_dict
 
+from pallas_kernels.devices import cpu_multiplies_bfloat16
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.flax_nnx import apply_qlora
 from qlora_jax.loading import base_fingerprint, load_model
@@ -24,27 +25,33 @@ def choose_compute_dtype(name: str, device: jax.Device) -> tuple[np.dtype, str]:
         name: a dtype, or "auto": what the device multiplies fast.
         device: that the run is on.
 
-    >>> dtype, why = choose_compute_dtype("auto", jax.devices("cpu")[0])
-    >>> dtype.name, why
-    ('float32', 'what a CPU multiplies fastest')
+    >>> choose_compute_dtype("float32", jax.devices("cpu")[0])
+    (dtype('float32'), 'as configured')
     """
     if name != "auto":
         return jnp.dtype(name), "as configured"
     if device.platform == "cpu":
-        return jnp.dtype(jnp.float32), "what a CPU multiplies fastest"
+        if cpu_multiplies_bfloat16():
+            return jnp.dtype(jnp.bfloat16), "this CPU has matrix instructions for it"
+        return jnp.dtype(jnp.float32), "this CPU has no matrix instructions for bfloat16"
     capability = str(getattr(device, "compute_capability", ""))
     if capability.replace(".", "").isdigit() and float(capability) < 8.0:
         return jnp.dtype(jnp.float16), "this GPU is older than sm_80 and has no fast bfloat16"
     return jnp.dtype(jnp.bfloat16), "what this device has matrix units for"
 
 
-def choose_remat(name: str) -> str:
-    """What the backward pass recomputes; "auto" recomputes whole layers, which needs least memory.
+def choose_remat(name: str, device: jax.Device) -> str:
+    """What the backward pass recomputes.
 
-    >>> choose_remat("auto"), choose_remat("none")
-    ('full', 'none')
+    "auto" recomputes whole layers, which needs least memory, but on a CPU keeps the outputs of the
+    linear layers: there, time is scarcer than memory.
+
+    >>> choose_remat("auto", jax.devices("cpu")[0]), choose_remat("none", jax.devices("cpu")[0])
+    ('projections', 'none')
     """
-    return "full" if name == "auto" else name
+    if name != "auto":
+        return name
+    return "projections" if device.platform == "cpu" else "full"
 
 
 def build_model(
@@ -65,7 +72,7 @@ def build_model(
         block_size=config.model.block_size,
         double_quant=config.model.double_quant,
     )
-    remat = choose_remat(config.model.remat)
+    remat = choose_remat(config.model.remat, jax.devices()[0])
     model, tokenizer = load_model(config.model.path, dtype=dtype, remat=remat, **quantization)
     fingerprint = base_fingerprint(model)
     model = apply_qlora(

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from ml_collections import config_dict
+
 from qlora_jax import config as config_lib
 from qlora_jax.checkpoint import Checkpointer
 from qlora_jax.data.batches import BatchIterator, eval_batches

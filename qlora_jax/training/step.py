@@ -30,6 +30,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
+from pallas_kernels.devices import compiler_options, release_unused_memory
 from qlora_jax.flax_nnx import HEAD_NAMES, set_dropout_keys
 from qlora_jax.losses import chunked_cross_entropy, next_token_targets
 
@@ -164,6 +165,26 @@ def make_train_step(
         return TrainState(state.step + 1, lora, opt_state, state.key), metrics
 
     return train_step
+
+
+def compile_step(
+    step: Callable, state: TrainState, frozen: nnx.State, batch: Batch
+) -> jax.stages.Compiled:
+    """Compiles a training step for the default device, before its first use.
+
+    Args:
+        step: from `make_train_step`.
+        state: arrays, or `jax.ShapeDtypeStruct`s in their place; so for `frozen` and `batch`.
+        frozen: the frozen part of the model.
+        batch: one batch.
+
+    Returns:
+        The compiled step; it is called like `step`, and `memory_analysis()` says what it needs.
+    """
+    options = compiler_options(jax.default_backend())
+    compiled = step.lower(state, frozen, batch).compile(options)
+    release_unused_memory()
+    return compiled
 
 
 @partial(jax.jit, static_argnames=("graphdef", "loss_fn"))
