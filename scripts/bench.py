@@ -4,17 +4,18 @@
     python scripts/bench.py --suite=cpu --part=dequantize --rival_python=/path/to/python
 
 The suite `cpu` has two parts. `dequantize`: 4-bit weights to dense ones, against bitsandbytes, the
-two taking turns. `train`: SmolLM2-135M, batch 4 x 256 tokens of real text, rank 64 on every linear
-layer, full optimizer steps; each run is a process of its own, ours and the rival's in turns, all on
-the same cores. The rival is measured in three settings and compared in its fastest.
+two taking turns call by call. `train`: SmolLM2-135M, batch 4 x 256 tokens of real text, rank 64 on
+every linear layer, full optimizer steps; each run is a process of its own, ours and the rival's in
+turns, all on the same cores. The rival is measured in three settings and compared in its fastest.
 
 The rival's environment is made once in benchmarks/.venv-rival (it needs python3.11; with a GPU
-build of torch it takes gigabytes). Every sample goes to benchmarks/results/<suite>_<date>.json.
+build of torch it takes gigabytes). Every sample goes to benchmarks/results/, a file for each run.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -23,10 +24,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bench_ours
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
@@ -36,6 +40,7 @@ from pallas_kernels.dequantize_4bit import bench as dequantize_bench
 from qlora_jax import command_line
 from qlora_jax.errors import UserError
 from qlora_jax.files import resolve_path
+from qlora_jax.quantized import dequantize, quantize
 from qlora_jax.training.card import versions
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -54,6 +59,9 @@ OURS = "qlora_jax"
 TOKENS_A_STEP = bench_ours.BATCH_SIZE * bench_ours.SEQ_LEN
 
 Samples = dict[str, list[dict[str, Any]]]
+Calls = dict[str, dict[str, list[float]]]
+_WARM_UP = 5
+_PAUSE_S = 0.003
 
 
 def find_rival(python: str | None) -> pathlib.Path:
@@ -146,8 +154,19 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def bench_dequantize(python: pathlib.Path, *, rounds: int = 20, repeats: int = 10) -> Samples:
-    """Seconds of every call, by "shape dtype": ours and bitsandbytes', `repeats` calls in turns."""
+def dequantize_call(shape: tuple[int, int], dtype: str) -> Callable[[], jax.Array]:
+    """What a user writes to get a dense array, for a normal random NF4 weight."""
+    weight = jax.random.normal(jax.random.key(0), shape, jnp.dtype(dtype))
+    return functools.partial(dequantize, quantize(weight), jnp.dtype(dtype))
+
+
+def time_call(call: Callable[[], jax.Array]) -> float:
+    """Seconds until the result of a call is there."""
+    return dequantize_bench.time_calls(call, repeats=1)[0]
+
+
+def bench_dequantize(python: pathlib.Path, *, repeats: int = 200) -> Calls:
+    """Seconds of every call by "shape dtype", ours and bitsandbytes' in turns call by call."""
     rival = subprocess.Popen(
         [python, ROOT / "scripts/bench_rival.py", "dequantize"],
         stdin=subprocess.PIPE,
@@ -156,25 +175,32 @@ def bench_dequantize(python: pathlib.Path, *, rounds: int = 20, repeats: int = 1
         text=True,
     )
 
-    def ask(shape: tuple[int, int], dtype: str) -> list[float]:
-        request = {"shape": shape, "dtype": dtype, "repeats": repeats}
+    def ask(shape: tuple[int, int], dtype: str) -> float:
+        request = {"shape": shape, "dtype": dtype, "repeats": 1}
         print(json.dumps(request), file=rival.stdin, flush=True)
         answer = rival.stdout.readline()
         if not answer:
             raise UserError("bench_rival.py dequantize ended early; run it by hand to see why")
-        return json.loads(answer)["seconds"]
+        return json.loads(answer)["seconds"][0]
 
-    results: Samples = {}
+    results: Calls = {}
     with rival:
         for shape in dequantize_bench.SHAPES:
             for dtype in dequantize_bench.DTYPES:
-                call = dequantize_bench.make_case(shape, dtype)
-                ask(shape, dtype)  # both have warmed up before the first turn
-                turns = []
-                for _ in range(rounds):
-                    ours = dequantize_bench.time_calls(call, repeats)
-                    turns.append({"ours": ours, "bitsandbytes": ask(shape, dtype)})
-                results[f"{shape[0]}x{shape[1]} {dtype}"] = turns
+                call = dequantize_call(shape, dtype)
+                turns = {
+                    "ours": functools.partial(time_call, call),
+                    "bitsandbytes": functools.partial(ask, shape, dtype),
+                }
+                seconds = {who: [] for who in turns}
+                for _ in range(_WARM_UP + repeats):
+                    for who, measure in turns.items():
+                        # Worker threads spin for a while after a call; the other's must not take
+                        # a core from this one's.
+                        time.sleep(_PAUSE_S)
+                        seconds[who].append(measure())
+                case = f"{shape[0]}x{shape[1]} {dtype}"
+                results[case] = {who: calls[_WARM_UP:] for who, calls in seconds.items()}
         rival.stdin.close()
     return results
 
@@ -205,13 +231,13 @@ def bench_train(
     return samples
 
 
-def summarize_dequantize(samples: Samples) -> list[dict[str, Any]]:
-    """Median and minimum of each case in milliseconds, and our median over bitsandbytes'."""
+def summarize_dequantize(samples: Calls) -> list[dict[str, Any]]:
+    """Median and minimum of each case in milliseconds, and ours over bitsandbytes'."""
     rows = []
-    for case, turns in samples.items():
-        row: dict[str, Any] = {"case": case}
+    for case, seconds in samples.items():
+        row: dict[str, Any] = {"case": case, "calls": len(seconds["ours"])}
         for who in ("ours", "bitsandbytes"):
-            calls = [seconds * 1e3 for turn in turns for seconds in turn[who]]
+            calls = [one * 1e3 for one in seconds[who]]
             row |= {f"{who}_median_ms": statistics.median(calls), f"{who}_min_ms": min(calls)}
         row["ratio_of_medians"] = row["ours_median_ms"] / row["bitsandbytes_median_ms"]
         row["ratio_of_minima"] = row["ours_min_ms"] / row["bitsandbytes_min_ms"]
@@ -332,8 +358,8 @@ def main() -> None:
     result = SUITES[_SUITE.value](Console())
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_SUITE.value}_{datetime.date.today():%Y-%m-%d}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = folder / f"{_SUITE.value}_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}.json"
+    path.write_text(json.dumps(result) + "\n")
     print(f"written: {path}")
 
 
