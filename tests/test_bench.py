@@ -1,0 +1,76 @@
+"""The benchmark's bookkeeping: whose turn it is, and what is made of the samples."""
+
+import importlib
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.dequantize_4bit import bench as dequantize_bench
+from qlora_jax.errors import UserError
+
+SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("bench")
+
+
+def fake_rival(path, body):
+    """A program that stands in for the rival's Python."""
+    path.write_text("#!/bin/sh\n" + body)
+    path.chmod(0o755)
+    return path
+
+
+def test_dequantize_is_timed_as_users_call_it(bench):
+    dense = bench.dequantize_call((6, 64), "bfloat16")()
+    assert dense.shape == (6, 64) and dense.dtype == jnp.bfloat16
+
+
+def test_both_take_turns_call_by_call(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(dequantize_bench, "SHAPES", ((6, 64),))
+    log = tmp_path / "asked"
+    answer = f"""while read line; do echo "$line" >> {log}; echo '{{"seconds": [0.25]}}'; done"""
+    samples = bench.bench_dequantize(fake_rival(tmp_path / "python", answer), repeats=3)
+    assert list(samples) == ["6x64 float32", "6x64 bfloat16"]
+    for seconds in samples.values():
+        assert seconds["bitsandbytes"] == [0.25] * 3
+        assert len(seconds["ours"]) == 3 and all(one > 0 for one in seconds["ours"])
+    asked = log.read_text().splitlines()
+    assert len(asked) == 2 * (3 + bench._WARM_UP) and '"repeats": 1' in asked[0]
+
+
+def test_a_rival_that_ends_is_named(bench, tmp_path):
+    with pytest.raises(UserError, match="bench_rival.py dequantize ended early"):
+        bench.bench_dequantize(fake_rival(tmp_path / "python", "read line; exit 1"), repeats=1)
+
+
+def test_ratios_of_medians_and_minima(bench):
+    calls = {"ours": [2e-3, 1e-3, 9e-3], "bitsandbytes": [4e-3, 4e-3, 5e-3]}
+    (row,) = bench.summarize_dequantize({"a": calls})
+    assert row == {
+        "case": "a",
+        "calls": 3,
+        "ours_median_ms": 2.0,
+        "ours_min_ms": 1.0,
+        "bitsandbytes_median_ms": 4.0,
+        "bitsandbytes_min_ms": 4.0,
+        "ratio_of_medians": 0.5,
+        "ratio_of_minima": 0.25,
+    }
+
+
+def test_training_is_compared_with_the_fastest_rival(bench):
+    def reports(seconds):
+        same = {"cpu_seconds": 1.0, "loss": 2.5, "peak_rss": 8}
+        return [{"step": 0, "seconds": 99.0, **same}, {"step": 1, "seconds": seconds, **same}]
+
+    samples = {name: reports(8.0) for name in bench.RIVAL_SETTINGS} | {bench.OURS: reports(2.0)}
+    samples["float32"] = reports(4.0)
+    summary = bench.summarize_train(samples)
+    assert (summary["fastest_rival"], summary["speed_ratio"]) == ("float32", 2.0)
+    assert summary["settings"][bench.OURS]["tokens_per_second"] == bench.TOKENS_A_STEP / 2.0
+    assert summary["settings"][bench.OURS]["steps"] == 1
