@@ -1,1 +1,41 @@
-"""QLoRA for JAX and Flax: a frozen 4-bit base, LoRA adapters, any pytree."""
+"""QLoRA for JAX and Flax: a frozen 4-bit base, LoRA adapters as the only trainable pytree.
+
+    import qlora_jax as ql
+
+The 4-bit operations on bare arrays are in `pallas_kernels`.
+"""
+
+# Any array, any pytree
+from qlora_jax.quantized import QuantizedTensor as QuantizedTensor
+from qlora_jax.quantized import dequantize as dequantize
+from qlora_jax.quantized import matmul as matmul
+from qlora_jax.quantized import quantize as quantize
+from qlora_jax.quantized import quantize_params as quantize_params
+
+# LoRA as pure functions
+from qlora_jax.lora import MergeError as MergeError
+from qlora_jax.lora import init_lora as init_lora
+from qlora_jax.lora import lora_matmul as lora_matmul
+from qlora_jax.lora import lora_scaling as lora_scaling
+from qlora_jax.lora import merge_lora as merge_lora
+
+# Any Flax NNX model (Flax Linen: qlora_jax.flax_linen)
+from qlora_jax.flax_nnx import QLoRALinear as QLoRALinear
+from qlora_jax.flax_nnx import QuantizedParam as QuantizedParam
+from qlora_jax.flax_nnx import apply_qlora as apply_qlora
+from qlora_jax.flax_nnx import linear_paths as linear_paths
+from qlora_jax.flax_nnx import merge_model as merge_model
+from qlora_jax.flax_nnx import quantize_model as quantize_model
+from qlora_jax.flax_nnx import set_dropout_keys as set_dropout_keys
+
+# A whole run
+from qlora_jax.config import get_config as get_config
+from qlora_jax.config import load_config as load_config
+from qlora_jax.generation import generate as generate
+from qlora_jax.loading import load_model as load_model
+from qlora_jax.training import TrainResult as TrainResult
+from qlora_jax.training import load_trained as load_trained
+from qlora_jax.training import train as train
+
+# What goes wrong by the user's hand
+from qlora_jax.errors import UserError as UserError

@@ -22,9 +22,6 @@ _GIB = 1 << 30
 # Module to look for, what is missing without it, and how to get it.
 _OPTIONAL = {
     "jax_cuda13_plugin": ("NVIDIA GPUs", "pip install -e '.[cuda]'"),
-    "jax_triton": ("the kernels for older GPUs (T4)", "pip install -e '.[cuda]'"),
-    "tensorflow_datasets": ("data sets from TFDS", "pip install -e '.[tfds]'"),
-    "huggingface_hub": ("downloads from the Hugging Face hub", "pip install -e '.[hub]'"),
     "pytest": ("the test suite", "pip install -e '.[dev]'"),
 }
 # What `make quickstart` runs on.
