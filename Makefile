@@ -15,8 +15,9 @@ RUN := runs/quickstart
 quickstart: $(VENV)/.installed
 	$(BIN)/python scripts/train.py --config=configs/smollm2_135m.py --workdir=$(RUN)
 
+# Two processes: most of the time goes into compiling, which uses one core.
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --durations=10
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -116,7 +116,8 @@ def test_test_is_lint_and_the_fast_suite_with_the_developers_packages(clone):
     assert result.returncode == 0, result.stderr
     asked = [line.partition("bin/")[2].strip() for line in log]
     assert any("pip install" in line and "-e .[dev]" in line for line in asked)
-    assert asked[-2:] == ["ruff check .", "python -m pytest -m not slow --durations=10"]
+    suite = "python -m pytest -m not slow -n 2 --dist worksteal --durations=10"
+    assert asked[-2:] == ["ruff check .", suite]
 
 
 def test_clean_removes_the_environment_and_keeps_the_runs(clone):
