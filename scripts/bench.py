@@ -3,10 +3,10 @@
     python scripts/bench.py --suite=cpu
     python scripts/bench.py --suite=cpu --part=dequantize --rival_python=/path/to/python
 
-The suite `cpu` has two parts. `dequantize`: 4-bit weights to dense ones, against bitsandbytes, the
-two taking turns call by call. `train`: SmolLM2-135M, batch 4 x 256 tokens of real text, rank 64 on
-every linear layer, full optimizer steps; each run is a process of its own, ours and the rival's in
-turns, all on the same cores. The rival is measured in three settings and compared in its fastest.
+The suite `cpu` has two parts. `dequantize`: 4-bit weights to dense ones, against bitsandbytes, in
+turns. `train`: SmolLM2-135M, batch 4 x 256 tokens of real text, rank 64 on every linear layer, full
+optimizer steps; each run is a process of its own, ours and the rival's in turns, all on the same
+cores. The rival is measured in three settings and compared in its fastest.
 
 The rival's environment is made once in benchmarks/.venv-rival (it needs python3.11; with a GPU
 build of torch it takes gigabytes). Every sample goes to benchmarks/results/, a file for each run.
@@ -60,8 +60,10 @@ TOKENS_A_STEP = bench_ours.BATCH_SIZE * bench_ours.SEQ_LEN
 
 Samples = dict[str, list[dict[str, Any]]]
 Calls = dict[str, dict[str, list[float]]]
-_WARM_UP = 5
-_PAUSE_S = 0.003
+# Of every turn: the pause before it, the calls that only wake the worker threads, those that count.
+_PAUSE_S = 0.3
+_WARM_UP = 100
+_CALLS = 100
 
 
 def find_rival(python: str | None) -> pathlib.Path:
@@ -160,13 +162,8 @@ def dequantize_call(shape: tuple[int, int], dtype: str) -> Callable[[], jax.Arra
     return functools.partial(dequantize, quantize(weight), jnp.dtype(dtype))
 
 
-def time_call(call: Callable[[], jax.Array]) -> float:
-    """Seconds until the result of a call is there."""
-    return dequantize_bench.time_calls(call, repeats=1)[0]
-
-
-def bench_dequantize(python: pathlib.Path, *, repeats: int = 200) -> Calls:
-    """Seconds of every call by "shape dtype", ours and bitsandbytes' in turns call by call."""
+def bench_dequantize(python: pathlib.Path, *, turns: int = 5) -> Calls:
+    """Seconds of every call by "shape dtype", ours and bitsandbytes' in turns of a few calls."""
     rival = subprocess.Popen(
         [python, ROOT / "scripts/bench_rival.py", "dequantize"],
         stdin=subprocess.PIPE,
@@ -175,32 +172,31 @@ def bench_dequantize(python: pathlib.Path, *, repeats: int = 200) -> Calls:
         text=True,
     )
 
-    def ask(shape: tuple[int, int], dtype: str) -> float:
-        request = {"shape": shape, "dtype": dtype, "repeats": 1}
+    def ask(shape: tuple[int, int], dtype: str, *, repeats: int) -> list[float]:
+        request = {"shape": shape, "dtype": dtype, "repeats": repeats}
         print(json.dumps(request), file=rival.stdin, flush=True)
         answer = rival.stdout.readline()
         if not answer:
             raise UserError("bench_rival.py dequantize ended early; run it by hand to see why")
-        return json.loads(answer)["seconds"][0]
+        return json.loads(answer)["seconds"]
 
     results: Calls = {}
     with rival:
         for shape in dequantize_bench.SHAPES:
             for dtype in dequantize_bench.DTYPES:
                 call = dequantize_call(shape, dtype)
-                turns = {
-                    "ours": functools.partial(time_call, call),
+                sides = {
+                    "ours": functools.partial(dequantize_bench.time_calls, call),
                     "bitsandbytes": functools.partial(ask, shape, dtype),
                 }
-                seconds = {who: [] for who in turns}
-                for _ in range(_WARM_UP + repeats):
-                    for who, measure in turns.items():
+                seconds = {who: [] for who in sides}
+                for _ in range(turns):
+                    for who, measure in sides.items():
                         # Worker threads spin for a while after a call; the other's must not take
                         # a core from this one's.
                         time.sleep(_PAUSE_S)
-                        seconds[who].append(measure())
-                case = f"{shape[0]}x{shape[1]} {dtype}"
-                results[case] = {who: calls[_WARM_UP:] for who, calls in seconds.items()}
+                        seconds[who] += measure(repeats=_WARM_UP + _CALLS)[_WARM_UP:]
+                results[f"{shape[0]}x{shape[1]} {dtype}"] = seconds
         rival.stdin.close()
     return results
 

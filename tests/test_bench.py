@@ -30,22 +30,26 @@ def test_dequantize_is_timed_as_users_call_it(bench):
     assert dense.shape == (6, 64) and dense.dtype == jnp.bfloat16
 
 
-def test_both_take_turns_call_by_call(bench, tmp_path, monkeypatch):
+def test_both_take_turns_and_the_first_calls_do_not_count(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(dequantize_bench, "SHAPES", ((6, 64),))
+    monkeypatch.setattr(bench, "_WARM_UP", 2)
+    monkeypatch.setattr(bench, "_CALLS", 1)
     log = tmp_path / "asked"
-    answer = f"""while read line; do echo "$line" >> {log}; echo '{{"seconds": [0.25]}}'; done"""
-    samples = bench.bench_dequantize(fake_rival(tmp_path / "python", answer), repeats=3)
+    answer = (
+        f"""while read line; do echo "$line" >> {log}; echo '{{"seconds": [9, 9, 0.25]}}'; done"""
+    )
+    samples = bench.bench_dequantize(fake_rival(tmp_path / "python", answer), turns=3)
     assert list(samples) == ["6x64 float32", "6x64 bfloat16"]
     for seconds in samples.values():
         assert seconds["bitsandbytes"] == [0.25] * 3
         assert len(seconds["ours"]) == 3 and all(one > 0 for one in seconds["ours"])
     asked = log.read_text().splitlines()
-    assert len(asked) == 2 * (3 + bench._WARM_UP) and '"repeats": 1' in asked[0]
+    assert len(asked) == 2 * 3 and '"repeats": 3' in asked[0]
 
 
 def test_a_rival_that_ends_is_named(bench, tmp_path):
     with pytest.raises(UserError, match="bench_rival.py dequantize ended early"):
-        bench.bench_dequantize(fake_rival(tmp_path / "python", "read line; exit 1"), repeats=1)
+        bench.bench_dequantize(fake_rival(tmp_path / "python", "read line; exit 1"), turns=1)
 
 
 def test_ratios_of_medians_and_minima(bench):

@@ -6,6 +6,7 @@ gather of 16 entries stays scalar on most CPUs.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
@@ -25,6 +26,19 @@ def decode(codes: UInt8[Array, "*n"], quant_type: str) -> Float32[Array, "*n"]:
     return values[0]
 
 
+def cast(x: Float32[Array, "*n"], dtype: jnp.dtype) -> Float[Array, "*n"]:
+    """`x.astype(dtype)` for finite numbers, rounded to the nearest and ties to even.
+
+    XLA's own conversion to bfloat16 looks for NaN at every element, which on a CPU costs as much as
+    the decoding.
+    """
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+
+
 def dequantize(
     codes: UInt8[Array, " plane"],
     absmax: Float32[Array, " blocks"],
@@ -41,7 +55,7 @@ def dequantize(
     half = plane_size(size, block_size) // block_size
     absmax = jnp.pad(absmax, (0, 2 * half - absmax.size)).reshape(2, half, 1)
     planes = [
-        (decode(nibble, quant_type).reshape(half, block_size) * scale).reshape(-1).astype(dtype)
+        cast((decode(nibble, quant_type).reshape(half, block_size) * scale).reshape(-1), dtype)
         for nibble, scale in zip((codes >> 4, codes & 15), absmax, strict=True)
     ]
     return jnp.concatenate(planes)[:size].reshape(shape)
@@ -70,9 +84,9 @@ def dequantize_transposed(
     codes = codes.reshape(rows, columns).T
     absmax = absmax.reshape(2, rows, columns // block_size).transpose(0, 2, 1)[:, :, None, :]
     planes = [
-        (decode(nibble, quant_type).reshape(-1, block_size, rows) * scale)
-        .reshape(columns, rows)
-        .astype(dtype)
+        cast(decode(nibble, quant_type).reshape(-1, block_size, rows) * scale, dtype).reshape(
+            columns, rows
+        )
         for nibble, scale in zip((codes >> 4, codes & 15), absmax, strict=True)
     ]
     return jnp.concatenate(planes, axis=1)
