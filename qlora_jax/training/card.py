@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import pathlib
 import platform
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,13 +63,20 @@ class CardFacts:
     answers: tuple[str, str, str] | None
 
 
-def generate_command(workdir: pathlib.Path) -> str:
+def generate_command(workdir: pathlib.Path, python: str = "python") -> str:
     """How to talk to what was trained.
 
     >>> generate_command(pathlib.Path("runs/a"))
     'python scripts/generate.py --workdir=runs/a --prompt "…"'
     """
-    return f'python scripts/generate.py --workdir={workdir} --prompt "…"'
+    return f'{python} scripts/generate.py --workdir={workdir} --prompt "…"'
+
+
+def this_python() -> str:
+    """This interpreter as one would type it here: that of an environment in this folder by path."""
+    executable = pathlib.Path(sys.executable)
+    here = pathlib.Path.cwd()
+    return str(executable.relative_to(here)) if executable.is_relative_to(here) else "python"
 
 
 def model_card(facts: CardFacts) -> str:

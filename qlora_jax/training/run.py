@@ -35,7 +35,13 @@ from qlora_jax.training.building import (
     choose_compute_dtype,
     split_model,
 )
-from qlora_jax.training.card import CardFacts, generate_command, model_card, versions
+from qlora_jax.training.card import (
+    CardFacts,
+    generate_command,
+    model_card,
+    this_python,
+    versions,
+)
 from qlora_jax.training.data import load_training_data, question_text
 from qlora_jax.training.loop import Hooks, Intervals, run_steps
 from qlora_jax.training.step import (
@@ -413,5 +419,7 @@ class _Run:
         )
         self.directory.write_text("README.md", model_card(facts))
         self.directory.write_json("result.json", dataclasses.asdict(result))
-        self.report.written(self.directory.path, [generate_command(self.directory.path)])
+        self.report.written(
+            self.directory.path, [generate_command(self.directory.path, this_python())]
+        )
         return result
