@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import quantize_4bit, quantize_absmax
+from pallas_kernels.devices import release_unused_memory
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import WeightsError
 from qlora_jax.files import resolve_path
@@ -162,6 +163,8 @@ def fill_model(
         jax.block_until_ready(values[slot.path])
         del weight
         gc.collect(0)
+        if slot.layer in (None, 0):  # a new kind of tensor: what its compilation took, goes back
+            release_unused_memory()
         if progress is not None:
             progress(done, len(plan), name)
     for path, value in values.items():
