@@ -1,11 +1,243 @@
-"""What a device can do: the facts that pick an implementation and its compiler options."""
+"""What a device can do: the facts that pick an implementation and its compiler options.
+
+Every operation has up to three implementations with one signature: `xla` (everywhere), `mosaic_gpu`
+(Pallas, GPUs from sm_80) and `triton` (through jax-triton, from sm_75); the product has one more,
+`dequantize`, which is the kernel of that name and then the vendor's dense product. `run` tries
+those that the *target* can run, the best first; one that does not serve an input raises
+NotImplementedError, and the next one takes over.
+
+The target is the device that a program is traced for: usually JAX's default device, but a program
+can be compiled for a GPU that is not there. Then the abstract mesh says which:
+
+    target = Target("NVIDIA H100 80GB HBM3", 132, "gpu", compute_capability="9.0")
+    with tracing_for(target):
+        jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
 import functools
+import json
+import logging
 import pathlib
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_LOG = logging.getLogger(__name__)
+
+# The least compute capability that each implementation for GPUs is written for.
+_LEAST = {"mosaic_gpu": (8, 0), "triton": (7, 5), "dequantize": (7, 5)}
+IMPLEMENTATIONS = (*_LEAST, "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target(jax.sharding.AbstractDevice):
+    """A device to trace for.
+
+    Attributes:
+        device_kind: the vendor's name for it, e.g. `"NVIDIA H100 80GB HBM3"`.
+        num_cores: streaming multiprocessors, or None.
+        platform: `"cpu"`, `"gpu"` (NVIDIA's), `"rocm"`, `"tpu"`.
+        compute_capability: of an NVIDIA GPU, e.g. `"9.0"`; else None.
+    """
+
+    compute_capability: str | None = None
+
+    @property
+    def architecture(self) -> tuple[int, int]:
+        """The compute capability as numbers; (0, 0) where there is none.
+
+        >>> Target("", None, "gpu", "8.6").architecture
+        (8, 6)
+        """
+        if self.compute_capability is None:
+            return 0, 0
+        major, minor = self.compute_capability.split(".")
+        return int(major), int(minor)
+
+
+def _target_of(device: Any) -> Target:
+    platform, capability = device.platform, getattr(device, "compute_capability", None)
+    if platform == "gpu" and str(capability).startswith("gfx"):
+        platform, capability = "rocm", None
+    return Target(device.device_kind, getattr(device, "core_count", None), platform, capability)
+
+
+def current_target() -> Target:
+    """The device that tracing is for now: of `tracing_for` or an abstract mesh, else the default.
+
+    >>> current_target().platform
+    'cpu'
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if isinstance(abstract, Target):
+        return abstract
+    default = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    if abstract is None or abstract.device_kind == default.device_kind:
+        return _target_of(default)
+    return _target_of(abstract)
+
+
+@contextlib.contextmanager
+def tracing_for(target: Target) -> Iterator[None]:
+    """Makes `target` the current one for what is traced inside.
+
+    >>> with tracing_for(Target("NVIDIA L4", 58, "gpu", "8.9")):
+    ...     current_target().compute_capability
+    '8.9'
+    """
+    # Without axes, so that arguments with shardings of their own, over other meshes, fit in.
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=target)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def supported(operation: str, implementation: str, target: Target, dtype: jnp.dtype) -> bool:
+    """Whether an implementation is written for a target; each may still refuse single inputs.
+
+    Args:
+        operation: `"dequantize_4bit"`, `"matmul_4bit"`, `"quantize_4bit"`.
+        implementation: one of `IMPLEMENTATIONS`.
+        target: the device.
+        dtype: of the dense array.
+
+    >>> t4 = Target("Tesla T4", 40, "gpu", "7.5")
+    >>> supported("matmul_4bit", "mosaic_gpu", t4, jnp.float16)
+    False
+    """
+    # XLA has no bfloat16 matrix product for sm_75, and Triton no bfloat16 at all there.
+    no_bfloat16 = target.platform == "gpu" and target.architecture < (8, 0)
+    if dtype == jnp.bfloat16 and no_bfloat16:
+        return implementation == "xla" and operation != "matmul_4bit"
+    if implementation == "xla":
+        return True
+    return target.platform == "gpu" and target.architecture >= _LEAST[implementation]
+
+
+def run(
+    operation: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    arrays: Sequence[Any],
+    *,
+    dtype: jnp.dtype,
+    implementation: str | None = None,
+) -> Any:
+    """Traces the first implementation that serves the current target and these arrays.
+
+    Args:
+        operation: as in `supported`.
+        implementations: by name; each takes `*arrays`. The order says which is preferred.
+        arrays: arguments, arrays or None.
+        dtype: of the dense array.
+        implementation: the one to use, instead of the first that can.
+
+    Raises:
+        ValueError: `implementation` is unknown or does not serve this.
+        NotImplementedError: none does (`xla` serves all but bfloat16 products on sm_75).
+    """
+    target = current_target()
+    if implementation is not None:
+        if implementation not in implementations:
+            names = tuple(implementations)
+            raise ValueError(f"{implementation=} of {operation} is unknown: use one of {names}")
+        try:
+            return implementations[implementation](*arrays)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{implementation=} of {operation} does not serve this: {error}"
+            ) from error
+    for name, function in implementations.items():
+        if not supported(operation, name, target, dtype):
+            continue
+        try:
+            if name == "xla":
+                return function(*arrays)
+            # A program may still be lowered for another platform than the one it was traced for.
+            return jax.lax.platform_dependent(
+                *arrays, cuda=function, default=implementations["xla"]
+            )
+        except NotImplementedError as error:
+            _log_once(operation, name, target.device_kind, str(error))
+    return implementations["xla"](*arrays)
+
+
+@functools.cache
+def _log_once(operation: str, name: str, device_kind: str, reason: str) -> None:
+    _LOG.info("%s on %s: not %s (%s)", operation, device_kind, name, reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossover:
+    """Up to how many rows of `x` the fused product is faster than dequantize + dense product.
+
+    Attributes:
+        device_kind: where it was measured.
+        compute_capability: of that device.
+        rows: by `(out_features, in_features)`.
+    """
+
+    device_kind: str
+    compute_capability: str
+    rows: Mapping[tuple[int, int], int]
+
+    def __post_init__(self) -> None:
+        if not self.rows or min(self.rows.values()) < 0:
+            raise ValueError(f"{self.rows=}: expected a count of rows for one shape or more")
+
+    def nearest(self, shape: tuple[int, int]) -> int:
+        """The rows of the measured shape that is nearest in size."""
+        size = shape[0] * shape[1]
+        return self.rows[min(self.rows, key=lambda s: abs(s[0] * s[1] - size))]
+
+
+# Before anything is measured on a device: the fused kernels take up to 64 rows, and published
+# measurements on H100s see dequantize + cuBLAS win above about that.
+_UNMEASURED_ROWS = 64
+
+
+@functools.cache
+def crossovers() -> tuple[Crossover, ...]:
+    """What `scripts/bench.py --suite=gpu --part=tune` measured, one entry a device."""
+    path = pathlib.Path(__file__).with_name("crossovers.json")
+    if not path.exists():
+        return ()
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return tuple(
+        Crossover(
+            entry["device_kind"],
+            entry["compute_capability"],
+            {(n, k): rows for n, k, rows in entry["rows"]},
+        )
+        for entry in entries
+    )
+
+
+def fused_rows(shape: tuple[int, int], target: Target) -> int:
+    """Up to how many rows the fused product is used: of this device, else of the nearest one.
+
+    >>> fused_rows((4096, 4096), Target("", None, "cpu"))
+    0
+    """
+    if target.platform != "gpu":
+        return 0
+    if not crossovers():
+        return _UNMEASURED_ROWS
+
+    def distance(entry: Crossover) -> tuple[bool, int, int]:
+        major, minor = map(int, entry.compute_capability.split("."))
+        ours = target.architecture
+        return entry.device_kind != target.device_kind, abs(major - ours[0]), abs(minor - ours[1])
+
+    return min(crossovers(), key=distance).nearest(shape)
 
 
 @functools.cache

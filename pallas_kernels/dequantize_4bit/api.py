@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
+from pallas_kernels import devices
 from pallas_kernels.dequantize_4bit import xla
 from pallas_kernels.formats import check_format
-from pallas_kernels.quantize_4bit.api import dequantize_absmax
+
+IMPLEMENTATIONS = {
+    "xla": xla.dequantize,
+}
 
 
 def dequantize_4bit(
@@ -21,6 +27,7 @@ def dequantize_4bit(
     quant_type: str = "nf4",
     block_size: int = 64,
     dtype: jnp.dtype = jnp.float32,
+    implementation: str | None = None,
 ) -> Float[Array, ...]:
     """The dense array: `codebook[codes] * absmax` in float32, then one cast.
 
@@ -33,12 +40,13 @@ def dequantize_4bit(
         quant_type: as quantized.
         block_size: as quantized.
         dtype: of the result.
+        implementation: one of `IMPLEMENTATIONS`; by default the best that serves this.
 
     Returns:
-        An array of `shape` and `dtype`.
+        An array of `shape` and `dtype`, the same to the bit from every implementation.
 
     Raises:
-        ValueError: unknown format.
+        ValueError: unknown format, or `implementation` does not serve this.
 
     >>> from pallas_kernels.quantize_4bit.api import quantize_4bit
     >>> packed = quantize_4bit(jnp.array([[0.5, -1.0, 0.0]]))
@@ -46,9 +54,14 @@ def dequantize_4bit(
     [[0.4399..., -1.0, 0.0]]
     """
     check_format(quant_type, block_size)
+    static = dict(
+        quant_type=quant_type, block_size=block_size, shape=tuple(shape), dtype=jnp.dtype(dtype)
+    )
     with jax.named_scope("dequantize_4bit"):
-        if nested_absmax is not None:
-            absmax = dequantize_absmax(absmax, nested_absmax, offset)
-        return xla.dequantize(
-            codes, absmax, quant_type=quant_type, block_size=block_size, shape=shape, dtype=dtype
+        return devices.run(
+            "dequantize_4bit",
+            {name: functools.partial(f, **static) for name, f in IMPLEMENTATIONS.items()},
+            (codes, absmax, nested_absmax, offset),
+            dtype=static["dtype"],
+            implementation=implementation,
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels.formats import CODEBOOKS, plane_size
+from pallas_kernels.quantize_4bit.xla import dequantize_absmax
 
 
 def decode(codes: UInt8[Array, "*n"], quant_type: str) -> Float32[Array, "*n"]:
@@ -39,9 +40,22 @@ def cast(x: Float32[Array, "*n"], dtype: jnp.dtype) -> Float[Array, "*n"]:
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
 
 
+def scales(
+    absmax: Float32[Array, " blocks"] | UInt8[Array, " blocks"],
+    nested_absmax: Float32[Array, " nested"] | None,
+    offset: Float32[Array, ""] | None,
+) -> Float32[Array, " blocks"]:
+    """absmax in float32, double quantization undone where there is one."""
+    if nested_absmax is None:
+        return absmax
+    return dequantize_absmax(absmax, nested_absmax, offset)
+
+
 def dequantize(
     codes: UInt8[Array, " plane"],
-    absmax: Float32[Array, " blocks"],
+    absmax: Float32[Array, " blocks"] | UInt8[Array, " blocks"],
+    nested_absmax: Float32[Array, " nested"] | None,
+    offset: Float32[Array, ""] | None,
     *,
     quant_type: str,
     block_size: int,
@@ -53,6 +67,7 @@ def dequantize(
     for n in shape:
         size *= n
     half = plane_size(size, block_size) // block_size
+    absmax = scales(absmax, nested_absmax, offset)
     absmax = jnp.pad(absmax, (0, 2 * half - absmax.size)).reshape(2, half, 1)
     planes = [
         cast((decode(nibble, quant_type).reshape(half, block_size) * scale).reshape(-1), dtype)
@@ -68,7 +83,9 @@ def splits_by_rows(shape: tuple[int, ...], block_size: int) -> bool:
 
 def dequantize_transposed(
     codes: UInt8[Array, " plane"],
-    absmax: Float32[Array, " blocks"],
+    absmax: Float32[Array, " blocks"] | UInt8[Array, " blocks"],
+    nested_absmax: Float32[Array, " nested"] | None,
+    offset: Float32[Array, ""] | None,
     *,
     quant_type: str,
     block_size: int,
@@ -82,6 +99,7 @@ def dequantize_transposed(
     """
     rows, columns = shape[0] // 2, shape[1]
     codes = codes.reshape(rows, columns).T
+    absmax = scales(absmax, nested_absmax, offset)
     absmax = absmax.reshape(2, rows, columns // block_size).transpose(0, 2, 1)[:, :, None, :]
     planes = [
         cast(decode(nibble, quant_type).reshape(-1, block_size, rows) * scale, dtype).reshape(

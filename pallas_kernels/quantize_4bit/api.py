@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
+from pallas_kernels import devices
 from pallas_kernels.formats import check_format
 from pallas_kernels.quantize_4bit import xla
 
+IMPLEMENTATIONS = {
+    "xla": xla.quantize,
+}
+
 
 def quantize_4bit(
-    x: Float[Array, ...], *, quant_type: str = "nf4", block_size: int = 64
+    x: Float[Array, ...],
+    *,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    implementation: str | None = None,
 ) -> tuple[UInt8[Array, " plane"], Float32[Array, " blocks"]]:
     """Quantizes `x`, flattened row-major, in blocks.
 
@@ -19,6 +30,7 @@ def quantize_4bit(
         x: float32, bfloat16 or float16 of any shape with at least one element.
         quant_type: `"nf4"`, `"fp4"` or `"int4"`.
         block_size: elements that share one scale; one of `formats.BLOCK_SIZES`.
+        implementation: one of `IMPLEMENTATIONS`; by default the best that serves this.
 
     Returns:
         `codes`, uint8 [`plane_size(x.size, block_size)`], two codes a byte in planar order (see
@@ -26,7 +38,8 @@ def quantize_4bit(
         a block makes that block's absmax NaN or infinite.
 
     Raises:
-        ValueError: unknown format, empty array, or not a float of 16 or 32 bits.
+        ValueError: unknown format, empty array, not a float of 16 or 32 bits, or
+            `implementation` does not serve this.
 
     >>> codes, absmax = quantize_4bit(jnp.array([0.5, -1.0, 0.0]))
     >>> codes.shape, absmax.tolist()
@@ -38,7 +51,16 @@ def quantize_4bit(
     if x.size == 0:
         raise ValueError(f"{x.shape=}: an array without elements cannot be quantized")
     with jax.named_scope("quantize_4bit"):
-        return xla.quantize(x, quant_type=quant_type, block_size=block_size)
+        return devices.run(
+            "quantize_4bit",
+            {
+                name: functools.partial(f, quant_type=quant_type, block_size=block_size)
+                for name, f in IMPLEMENTATIONS.items()
+            },
+            (x,),
+            dtype=x.dtype,
+            implementation=implementation,
+        )
 
 
 def quantize_absmax(
