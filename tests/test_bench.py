@@ -1,4 +1,4 @@
-"""The benchmark's bookkeeping: whose turn it is, and what is made of the samples."""
+"""The CPU benchmark's bookkeeping: whose turn it is, and what is made of the samples."""
 
 import importlib
 import pathlib
@@ -15,7 +15,7 @@ SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("bench")
+    return importlib.import_module("bench_cpu")
 
 
 def fake_rival(path, body):
