@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.devices import current_target
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.rope import apply_rope
@@ -148,14 +149,15 @@ def grouped_attention(
 def implementation(
     dtype, head_dim: int, query_len: int, key_len: int
 ) -> Literal["grouped", "cudnn", "xla"]:
-    """Which implementation suits these shapes on the default device.
+    """Which implementation suits these shapes on the device that is traced for.
 
     "grouped" is `grouped_attention`; the others are those of `jax.nn.dot_product_attention`.
 
     >>> implementation(jnp.float32, head_dim=64, query_len=256, key_len=256)
     'grouped'
     """
-    if jax.default_backend() == "cpu":
+    target = current_target()
+    if target.platform == "cpu":
         return "grouped"
     # cuDNN's flash attention: 16-bit types, NVIDIA sm_80 or newer, and, with a mask, even lengths.
     fits = (
@@ -164,10 +166,7 @@ def implementation(
         and head_dim <= 128
         and query_len % 2 == key_len % 2 == 0
     )
-    if not fits or jax.default_backend() != "gpu":
-        return "xla"
-    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
-    return "cudnn" if major.isdigit() and minor.isdigit() and int(major) >= 8 else "xla"
+    return "cudnn" if fits and target.platform == "gpu" and target.architecture >= (8, 0) else "xla"
 
 
 def attend(
