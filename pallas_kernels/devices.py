@@ -161,9 +161,12 @@ def run(
         try:
             if name == "xla":
                 return function(*arrays)
-            # A program may still be lowered for another platform than the one it was traced for.
+            # A kernel is one tensor's: under vmap it is launched for one after the other. And a
+            # program may still be lowered for another platform than the one it was traced for.
             return jax.lax.platform_dependent(
-                *arrays, cuda=function, default=implementations["xla"]
+                *arrays,
+                cuda=jax.custom_batching.sequential_vmap(function),
+                default=implementations["xla"],
             )
         except NotImplementedError as error:
             _log_once(operation, name, target.device_kind, str(error))

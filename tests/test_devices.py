@@ -141,6 +141,18 @@ def test_a_program_traced_for_a_gpu_still_runs_on_a_cpu():
         np.testing.assert_array_equal(there(*packed), here)
 
 
+def test_a_stack_runs_the_kernel_tensor_by_tensor():
+    shapes = []
+    table = {"triton": lambda x: shapes.append(x.shape) or x, "xla": lambda x: x}
+
+    def call(x):
+        return devices.run("quantize_4bit", table, (x,), dtype=jnp.dtype("float16"))
+
+    with devices.tracing_for(H100):
+        jax.jit(jax.vmap(call)).trace(jnp.ones((5, 3), jnp.float16))
+    assert set(shapes) == {(3,)}
+
+
 def test_unmeasured_devices_take_the_nearest_ones_rows(forget, tmp_path, monkeypatch):
     assert devices.fused_rows((4096, 4096), CPU) == 0
     entries = [
