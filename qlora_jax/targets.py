@@ -1,0 +1,313 @@
+"""GPUs to compile for, without having one: their descriptions, and the compiler at work on any CPU.
+
+XLA compiles for a GPU from a text description of it (`gpu_targets/*.txtpb`). What comes out is the
+machine code and the static memory plan of the program that would run there: the number of bytes it
+needs is known before the card is rented.
+
+    compiled = compile_for(jax.jit(step, donate_argnums=0), state, batch, target="rtx4090")
+    compiled.peak_bytes, compiled.host_bytes
+
+The way there has three steps.
+
+1. *Trace* with the target as the current one (`pallas_kernels.devices.tracing_for`), because it
+   decides what is traced: which implementation of an operation, and which instructions a Pallas
+   kernel may use.
+2. *Lower* for the platform `cuda`, but with every argument placed on this machine's CPU. Devices
+   that only compile know no memories, so that a sharding over them loses its `memory_kind`; the
+   CPU has `device` and `pinned_host`, and what is to lie in the host's memory stays marked so.
+3. *Compile* that module with the compile-only client of the description.
+
+XLA chooses some kernels by timing them (autotuning), which cannot be done here: it takes its
+defaults, so a matrix product may get another algorithm, and workspace, on the card itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.resources
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import compiler
+from jax._src.lib import _jax
+from jax.experimental import topologies
+from jaxtyping import PyTree
+
+from pallas_kernels import devices
+from qlora_jax import errors
+
+_FOLDER = importlib.resources.files("qlora_jax") / "gpu_targets"
+TARGETS: tuple[str, ...] = tuple(
+    sorted(path.name[: -len(".txtpb")] for path in _FOLDER.iterdir() if path.name.endswith("txtpb"))
+)
+_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+_WITHOUT_TIMING = {"xla_gpu_autotune_level": "0"}
+
+
+class TargetError(errors.UserError):
+    """There is no such GPU among the targets, or nothing here that compiles for GPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuTarget:
+    """A GPU as the compiler sees it.
+
+    Attributes:
+        name: as in `TARGETS`.
+        device_kind: the vendor's name, what `jax.Device.device_kind` is on that GPU.
+        compute_capability: e.g. `"8.9"`.
+        memory_bytes: total memory that CUDA reports.
+        memory_bandwidth: bytes per second, of the data sheet.
+        l2_bytes: second-level cache.
+        core_count: streaming multiprocessors.
+        clock_ghz: boost clock.
+        threads_per_core: most threads resident on one multiprocessor.
+        registers_per_core: 32-bit registers of one multiprocessor.
+        shared_bytes_per_core: shared memory of one multiprocessor.
+        shared_bytes_per_block: the most that one block may have.
+        description: the text for XLA.
+    """
+
+    name: str
+    device_kind: str
+    compute_capability: str
+    memory_bytes: int
+    memory_bandwidth: int
+    l2_bytes: int
+    core_count: int
+    clock_ghz: float
+    threads_per_core: int
+    registers_per_core: int
+    shared_bytes_per_core: int
+    shared_bytes_per_block: int
+    description: str = dataclasses.field(repr=False)
+
+    @property
+    def device(self) -> devices.Target:
+        """What kernels are picked by."""
+        return devices.Target(self.device_kind, self.core_count, "gpu", self.compute_capability)
+
+
+@functools.cache
+def find_target(name: str) -> GpuTarget:
+    """The GPU of that name.
+
+    Raises:
+        TargetError: it is none of `TARGETS`; the message names the nearest.
+
+    >>> find_target("h100").compute_capability
+    '9.0'
+    >>> find_target("rtx-4090")
+    Traceback (most recent call last):
+    qlora_jax.targets.TargetError: there is no GPU target 'rtx-4090'; did you mean 'rtx4090'? ...
+    """
+    if name not in TARGETS:
+        match = errors.nearest(name, TARGETS)
+        hint = f"did you mean {match!r}? " if match else ""
+        raise TargetError(
+            f"there is no GPU target {name!r}; {hint}The targets are {', '.join(TARGETS)}"
+        )
+    text = (_FOLDER / f"{name}.txtpb").read_text(encoding="utf-8")
+    fields = _parse(text)
+    gpu = fields["gpu_device_info"]
+    capability = gpu["cuda_compute_capability"]
+    return GpuTarget(
+        name=name,
+        device_kind=fields["device_description_str"],
+        compute_capability=f"{capability['major']}.{capability['minor']}",
+        memory_bytes=gpu["device_memory_size"],
+        memory_bandwidth=gpu["memory_bandwidth"],
+        l2_bytes=gpu["l2_cache_size"],
+        core_count=gpu["core_count"],
+        clock_ghz=gpu["clock_rate_ghz"],
+        threads_per_core=gpu["threads_per_core_limit"],
+        registers_per_core=gpu["registers_per_core_limit"],
+        shared_bytes_per_core=gpu["shared_memory_per_core"],
+        shared_bytes_per_block=gpu["shared_memory_per_block_optin"],
+        description=text,
+    )
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """A text-format protocol buffer as nested dicts; no field of ours is repeated."""
+    text = re.sub(r"#.*", "", text)
+    root: dict[str, Any] = {}
+    stack = [root]
+    for key, opens, string, word, closes in re.findall(
+        r'(\w+)\s*(?::?\s*(\{)|:\s*(?:"([^"]*)"|([\w.+-]+)))|(\})', text
+    ):
+        if closes:
+            stack.pop()
+        elif opens:
+            stack[-1][key] = {}
+            stack.append(stack[-1][key])
+        elif re.fullmatch(r"-?\d+", word):
+            stack[-1][key] = int(word)
+        else:
+            stack[-1][key] = float(word) if re.match(r"-?[\d.]", word) else word or string
+    return root
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledFor:
+    """A program compiled for a GPU that need not exist; it can be looked at, not run.
+
+    Attributes:
+        target: the GPU.
+        executable: of the compile-only client.
+    """
+
+    target: GpuTarget
+    executable: Any = dataclasses.field(repr=False)
+
+    def memory_analysis(self) -> Any:
+        """The static memory plan: `argument_size_in_bytes`, `host_temp_size_in_bytes` and so on.
+
+        The same object as of `jax.stages.Compiled.memory_analysis`.
+        """
+        return self.executable.get_compiled_memory_stats()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Device memory: arguments + temporaries + outputs - what outputs share with arguments."""
+        return _peak(self.memory_analysis(), "")
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned memory of the host, counted alike."""
+        return _peak(self.memory_analysis(), "host_")
+
+    def as_text(self) -> str:
+        """The optimized and scheduled program (HLO)."""
+        return "\n\n".join(module.to_string() for module in self.executable.hlo_modules())
+
+
+def _peak(stats: Any, prefix: str) -> int:
+    def size(part: str) -> int:
+        return getattr(stats, f"{prefix}{part}_size_in_bytes")
+
+    return size("argument") + size("temp") + size("output") - size("alias")
+
+
+def compile_for(
+    function: Callable[..., Any],
+    *args: PyTree,
+    target: str | GpuTarget = "h100",
+    options: Mapping[str, str] | None = None,
+    **keywords: Any,
+) -> CompiledFor:
+    """Compiles a function for a GPU, on any machine.
+
+    Args:
+        function: anything; with `jax.jit` around it where something is donated or static.
+        *args: its arguments: pytrees of arrays or `jax.ShapeDtypeStruct`. Of their shardings only
+            the `memory_kind` counts: everything is on one device. Other leaves stay as they are.
+        target: the GPU.
+        options: more XLA options.
+        **keywords: its keyword arguments.
+
+    Returns:
+        The program with its memory plan.
+
+    Raises:
+        TargetError: unknown target, or JAX's CUDA plugin is not installed.
+    """
+    if isinstance(target, str):
+        target = find_target(target)
+    module = lower_for(function, *args, target=target, **keywords)
+    return CompiledFor(target, compile_module(module, target, options))
+
+
+def lower_for(
+    function: Callable[..., Any], *args: PyTree, target: GpuTarget, **keywords: Any
+) -> Any:
+    """The first two steps of `compile_for`: the StableHLO module, as traced for the target."""
+    function = function if hasattr(function, "trace") else jax.jit(function)
+    place = functools.partial(jax.tree.map, _place)
+    with devices.tracing_for(target.device):
+        traced = function.trace(*place(args), **place(keywords))
+        return traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+
+
+def _place(leaf: Any) -> Any:
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return leaf
+    sharding = jax.sharding.SingleDeviceSharding(
+        jax.local_devices(backend="cpu")[0],
+        memory_kind=getattr(getattr(leaf, "sharding", None), "memory_kind", None),
+    )
+    weak_type = getattr(leaf, "weak_type", False)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak_type)
+
+
+def compile_module(module: Any, target: GpuTarget, options: Mapping[str, str] | None = None) -> Any:
+    """The third step: a module for one device, compiled for it by its compile-only client.
+
+    JAX has no public function for this: its own route from a lowered to a compiled program takes
+    the devices from the arguments, which here are on the CPU.
+    """
+    device = compile_only_device(target)
+    compile_options = compiler.get_compile_options(
+        num_replicas=1,
+        num_partitions=1,
+        device_assignment=np.zeros((1, 1), np.int32),
+        env_options_overrides={**_WITHOUT_TIMING, **(options or {})},
+    )
+    return device.client.compile(module, _jax.DeviceList((device,)), compile_options)
+
+
+@functools.cache
+def compile_only_device(target: GpuTarget) -> jax.Device:
+    """A device of the description, with a client that compiles for it and can do nothing else.
+
+    Raises:
+        TargetError: JAX's CUDA plugin is not installed.
+    """
+    describe = functools.partial(
+        topologies.get_topology_desc,
+        platform="cuda",
+        target_config=target.description,
+        topology="1x1x1",
+    )
+    try:
+        return describe().devices[0]
+    except NotImplementedError:  # no plugin has registered itself
+        _register_plugin()
+    return describe().devices[0]
+
+
+def _register_plugin() -> None:
+    """Starts JAX's CUDA plugin, which stays away where it finds no GPU to run on."""
+    for name in _PLUGINS:
+        try:
+            plugin = importlib.import_module(name)
+        except ImportError:
+            continue
+        with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
+            plugin.initialize()
+        return
+    raise TargetError(
+        "compiling for a GPU takes JAX's CUDA plugin, which is not installed; it needs no GPU: "
+        'pip install "qlora-jax[cuda]" (about 3 GB)'
+    )
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
