@@ -12,70 +12,59 @@ with a table of all 256 pairs, whose random bank conflicts occupy the memory pip
 are a kernel argument and stay in the L1 cache. Product and sum are rounded separately: an FMA
 would give other bits.
 
-A *layout* says which thread holds which element (`jax.experimental.mosaic.gpu`). `tile_layout`
-puts neighbouring bytes into one thread and neighbouring threads side by side, so that global
-memory is read and written in whole 32-byte sectors.
-
 Pallas's interpreter runs no inline code: there, `interpret=True` takes plain JAX.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
-from jaxtyping import Array, Float32, Int32, UInt8
+from jaxlib.mlir.dialects import arith, llvm
+from jaxtyping import Array, Float32, Int32, Shaped, UInt8
 
 from pallas_kernels.formats import CODEBOOKS, NESTED_BLOCK_SIZE
+from pallas_kernels.mosaic_registers import (
+    LANES,
+    WARPGROUP,
+    constant,
+    extract,
+    map_registers,
+    pack,
+    shuffle,
+    tile_layout,
+    words,
+)
 
-WARPGROUP = 128
-_WARP, _WARPS = 32, 4
-_LANES = plgpu.Layout.WG_STRIDED((WARPGROUP,), 1)
-# `c` of `shfl.idx`: the index is clamped to 31 and lanes 0-15 and 16-31 are segments.
-_SEGMENTS_OF_16 = 0x101F
-_ALL_LANES = 0xFFFFFFFF
-
-
-@functools.cache
-def tile_layout(columns: int, vector: int) -> plgpu.Layout:
-    """Rows of `columns` elements, `vector` neighbours in a thread, threads in row-major order.
-
-    Args:
-        columns: elements a row, a power of two from `vector` on.
-        vector: elements that a thread reads and writes at once.
-
-    Returns:
-        A layout for arrays [rows, columns] that are whole multiples of `layout_tile`; its
-        `.reduce(1)` is that of one number a row.
-    """
-    lanes = min(_WARP, columns // vector)
-    warps = min(_WARPS, columns // (lanes * vector))
-    tiling = plgpu.Tiling(
-        (
-            (_WARPS // warps * (_WARP // lanes), warps * lanes * vector),
-            (_WARP // lanes, lanes * vector),
-            (1, vector),
-        )
-    )
-    layout = mgpu.TiledLayout(tiling, (-6, -5), (-4, -3), -1, _check_canonical=False).canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+__all__ = [
+    "codebook_lanes",
+    "decode",
+    "decode_absmax",
+    "decode_bytes",
+    "look_up",
+    "select",
+    "tile_layout",
+]
 
 
 def decode(codes: Int32[Array, "*n"], quant_type: str) -> Float32[Array, "*n"]:
-    """The codebook's values at `codes` (0 to 15) by four levels of selects on the code's bits.
+    """The codebook's values at `codes` (0 to 15).
 
     Mosaic shifts and compares no 8-bit integers: bytes are to be cast to int32 first.
     """
-    values = [jnp.float32(v) for v in CODEBOOKS[quant_type]]
+    return select(codes, [jnp.float32(v) for v in CODEBOOKS[quant_type]])
+
+
+def select(index: Int32[Array, "*n"], values: Sequence[Any]) -> Shaped[Array, "*n"]:
+    """`values[index]` of 16 scalars by four levels of selects on the bits of the index."""
     for level in range(4):
-        bit = (codes & (1 << level)) != 0
+        bit = (index & (1 << level)) != 0
         pairs = zip(values[0::2], values[1::2], strict=True)
         values = [jnp.where(bit, odd, even) for even, odd in pairs]
     return values[0]
@@ -86,7 +75,7 @@ def codebook_lanes(quant_type: str) -> Float32[Array, " 128"]:
 
     Made once in a kernel, outside its loops.
     """
-    lane = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP,), 0, layout=_LANES)
+    lane = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP,), 0, layout=LANES)
     return decode(lane & 15, quant_type)
 
 
@@ -115,15 +104,12 @@ def decode_bytes(
         return decode(codes >> 4, quant_type), decode(codes & 15, quant_type)
     result = plgpu.ShapeDtypeStruct(packed.shape, jnp.float32, layout=layout)
 
-    @plgpu.inline_mgpu(arg_types=(layout, _LANES), return_type=(result, result))
-    def shuffle(_, packed, lanes):
-        [entry] = lanes.registers.flat
-        look_up = functools.partial(_shuffled, _word(entry, 0))
-        return tuple(
-            _map_words(packed, functools.partial(look_up, shift=shift)) for shift in (4, 0)
-        )
+    @plgpu.inline_mgpu(arg_types=(layout, LANES), return_type=(result, result))
+    def gather(_, packed, lanes):
+        [entry] = words(lanes.registers.item())
+        return tuple(map_registers(functools.partial(_shuffled, entry, n), packed) for n in (4, 0))
 
-    return shuffle(packed, lanes)
+    return gather(packed, lanes)
 
 
 def look_up(
@@ -151,10 +137,10 @@ def look_up(
         base = mgpu.utils.memref_ptr(table)
 
         def read(register):
-            i = _extract(register, 0)
-            return [llvm.load(f32, mgpu.utils.getelementptr(base, [i], f32))]
+            address = mgpu.utils.getelementptr(base, [extract(register, 0)], f32)
+            return pack([llvm.load(f32, address)])
 
-        return _map_registers(index, read)
+        return map_registers(read, index)
 
     return gather(table_gmem, index)
 
@@ -203,69 +189,23 @@ def _rounded_product(
 
     @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=result)
     def multiply(_, x, y):
-        f32, others = ir.F32Type.get(), iter(y.registers.flat)
+        f32 = ir.F32Type.get()
 
         # A barrier of LLVM's is none for ptxas, which fuses all but what names its rounding.
-        def product(register):
-            factors = [_extract(register, 0), _extract(next(others), 0)]
-            return [llvm.inline_asm(f32, factors, "mul.rn.f32 $0, $1, $2;", "=f,f,f")]
+        def product(x, y):
+            factors = [extract(x, 0), extract(y, 0)]
+            return pack([llvm.inline_asm(f32, factors, "mul.rn.f32 $0, $1, $2;", "=f,f,f")])
 
-        return _map_registers(x, product)
+        return map_registers(product, x, y)
 
     return multiply(x, y)
 
 
-def _constant(value: int) -> ir.Value:
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, int(np.int32(np.uint32(value)))))
-
-
-def _extract(register: ir.Value, i: int) -> ir.Value:
-    position = ir.DenseI64ArrayAttr.get([i])
-    return vector.extract(register, dynamic_position=[], static_position=position)
-
-
-def _word(register: ir.Value, i: int) -> ir.Value:
-    """The `i`-th 32 bits of a vector."""
-    n = mgpu.bitwidth(register.type) // 32
-    words = ir.VectorType.get((n,), ir.IntegerType.get_signless(32))
-    return _extract(vector.bitcast(words, register), i)
-
-
-def _map_registers(
-    array: mgpu.FragmentedArray, f: Callable[[ir.Value], Sequence[ir.Value]]
-) -> mgpu.FragmentedArray:
-    """A float32 array of the same layout from the elements that `f` gives for each register."""
-    f32, registers = ir.F32Type.get(), np.empty_like(array.registers)
-    for index, register in np.ndenumerate(array.registers):
-        elements = f(register)
-        result = llvm.mlir_undef(ir.VectorType.get((len(elements),), f32))
-        for i, element in enumerate(elements):
-            position = ir.DenseI64ArrayAttr.get([i])
-            result = vector.insert(element, result, dynamic_position=[], static_position=position)
-        registers[index] = result
-    return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
-
-
-def _map_words(
-    array: mgpu.FragmentedArray, f: Callable[[ir.Value], Sequence[ir.Value]]
-) -> mgpu.FragmentedArray:
-    """The same for the words of an array of bytes, four elements each."""
-
-    def words(register: ir.Value) -> list[ir.Value]:
-        n = mgpu.bitwidth(register.type) // 32
-        return [element for i in range(n) for element in f(_word(register, i))]
-
-    return _map_registers(array, words)
-
-
-def _shuffled(entry: ir.Value, word: ir.Value, *, shift: int) -> list[ir.Value]:
-    """The entries that lanes hold for the nibbles of a word at `shift`, `shift + 8`, ..."""
+def _shuffled(entry: ir.Value, shift: int, register: ir.Value) -> ir.Value:
+    """The entries that lanes hold for the nibbles at bit `shift` of each byte of a register."""
     values = []
-    for bit in range(shift, 32, 8):
-        index = arith.shrui(word, _constant(bit)) if bit else word
-        value = nvvm.shfl_sync(
-            _constant(_ALL_LANES), entry, index, _constant(_SEGMENTS_OF_16), nvvm.ShflKind.idx
-        )
-        values.append(arith.bitcast(ir.F32Type.get(), value))
-    return values
+    for word in words(register):
+        for bit in range(shift, 32, 8):
+            index = arith.shrui(word, constant(bit)) if bit else word
+            values.append(arith.bitcast(ir.F32Type.get(), shuffle(entry, index, 16)))
+    return pack(values)

@@ -36,8 +36,8 @@ from pallas_kernels.mosaic_decode import (
     codebook_lanes,
     decode_absmax,
     decode_bytes,
-    tile_layout,
 )
+from pallas_kernels.mosaic_registers import tile_layout
 
 _VECTOR_BYTES = 16
 # 128 threads read at most 8 bytes each at once.
