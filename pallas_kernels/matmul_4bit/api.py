@@ -16,13 +16,31 @@ from pallas_kernels.formats import check_format
 from pallas_kernels.matmul_4bit import xla
 
 
+def _zero(x: Float[Array, "m n"]) -> Float32[Array, ""]:
+    """Zero, which XLA cannot know before it has computed `x`."""
+    bits = jax.lax.bitcast_convert_type(x[0, 0], jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jnp.minimum(bits, 0).astype(jnp.float32)
+
+
+def _after(zero, codes, absmax, nested_absmax, offset):
+    """The same weight, which cannot be decoded before `zero` is computed.
+
+    A weight depends on nothing that is computed: a scheduler is free to decode all weights of a
+    layer first, and then holds them all at once. An optimization barrier does not help, XLA for
+    GPUs removes it before it schedules.
+    """
+    if offset is None:
+        return codes, absmax + zero, nested_absmax, offset
+    return codes, absmax, nested_absmax, offset + zero
+
+
 def _dense_matmul(x, *packed, bias=None, lora=None, **static):
-    w = dequantize_4bit(*packed, **static, dtype=x.dtype)
+    w = dequantize_4bit(*_after(_zero(x), *packed), **static, dtype=x.dtype)
     return xla.add_epilogue(jnp.einsum("mi,oi->mo", x, w), bias, lora)
 
 
 def _dense_matmul_transposed(g, *packed, **static):
-    return g @ dequantize_4bit(*packed, **static, dtype=g.dtype)
+    return g @ dequantize_4bit(*_after(_zero(g), *packed), **static, dtype=g.dtype)
 
 
 # `dequantize` is the kernel of that name and then the vendor's dense product: the best for many
@@ -133,11 +151,15 @@ def _matmul(static, implementation, x, packed, bias, lora):
 
 
 def _forward(static, implementation, x, packed, bias, lora):
-    return _matmul(static, implementation, x, packed, bias, lora), (packed, bias is None, lora)
+    y = _matmul(static, implementation, x, packed, bias, lora)
+    gpu = devices.current_target().platform == "gpu"
+    return y, (packed, bias is None, lora, _zero(x) if gpu else None)
 
 
 def _backward(static, implementation, residuals, g):
-    packed, no_bias, lora = residuals
+    packed, no_bias, lora, zero = residuals
+    if zero is not None:  # where the forward pass is computed again, this weight's turn is later
+        packed = _after(zero, *packed)
     with jax.named_scope("matmul_4bit_transposed"):
         d_x = _run(static, implementation, 1, g, *packed)
     d_bias = None if no_bias else g.sum(axis=0)

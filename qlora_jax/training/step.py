@@ -131,18 +131,21 @@ def make_train_step(
     def accumulate(state: TrainState, frozen: nnx.State, batch: Batch):
         step_key = jax.random.fold_in(state.key, state.step)
 
-        def body(sums, microstep):
-            index, microbatch = microstep
+        def terms_of(index: Array, microbatch: Batch):
             key = jax.random.fold_in(step_key, index)
-            terms = jax.value_and_grad(micro_loss, has_aux=True)(
-                state.lora, frozen, key, microbatch
-            )
+            return jax.value_and_grad(micro_loss, has_aux=True)(state.lora, frozen, key, microbatch)
+
+        def body(sums, microstep):
+            terms = terms_of(*microstep)
             return jax.tree.map(jnp.add, sums, terms), terms[0][0]
 
+        microsteps = batch["tokens"].shape[0]
+        if microsteps == 1:  # without a second tree of gradients, only to add zero to
+            terms = terms_of(jnp.int32(0), {name: x[0] for name, x in batch.items()})
+            return terms, terms[0][0][None]
         # float32 sums whatever the adapter's dtype: 16 bfloat16 additions would lose small terms
         zero_grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.lora)
         zeros = ((jnp.zeros(()), jnp.zeros((), jnp.int32)), zero_grads)
-        microsteps = batch["tokens"].shape[0]
         return jax.lax.scan(body, zeros, (jnp.arange(microsteps), dict(batch)))
 
     @partial(jax.jit, donate_argnums=0)
