@@ -15,7 +15,7 @@ The way there has three steps.
 2. *Lower* for the platform `cuda`, but with every argument placed on this machine's CPU. Devices
    that only compile know no memories, so that a sharding over them loses its `memory_kind`; the
    CPU has `device` and `pinned_host`, and what is to lie in the host's memory stays marked so.
-3. *Compile* that module with the compile-only client of the description.
+3. *Compile* that module with the compile-only client of the description (`compile_only.py`).
 
 XLA chooses some kernels by timing them (autotuning), which cannot be done here: it takes its
 defaults, so a matrix product may get another algorithm, and workspace, on the card itself.
@@ -23,32 +23,26 @@ defaults, so a matrix product may get another algorithm, and workspace, on the c
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import importlib
 import importlib.resources
-import os
+import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax._src import compiler
-from jax._src.lib import _jax
-from jax.experimental import topologies
+from jaxlib.mlir import ir
 from jaxtyping import PyTree
 
 from pallas_kernels import devices
-from qlora_jax import errors
+from qlora_jax import compile_only, errors
 
 _FOLDER = importlib.resources.files("qlora_jax") / "gpu_targets"
 TARGETS: tuple[str, ...] = tuple(
     sorted(path.name[: -len(".txtpb")] for path in _FOLDER.iterdir() if path.name.endswith("txtpb"))
 )
-_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
-_WITHOUT_TIMING = {"xla_gpu_autotune_level": "0"}
 
 
 class TargetError(errors.UserError):
@@ -161,39 +155,37 @@ class CompiledFor:
 
     Attributes:
         target: the GPU.
-        executable: of the compile-only client.
+        memory: bytes by name, as in `jax.stages.Compiled.memory_analysis`.
+        text: the optimized and scheduled program (HLO).
     """
 
     target: GpuTarget
-    executable: Any = dataclasses.field(repr=False)
+    memory: Mapping[str, int]
+    text: str = dataclasses.field(repr=False)
 
-    def memory_analysis(self) -> Any:
-        """The static memory plan: `argument_size_in_bytes`, `host_temp_size_in_bytes` and so on.
-
-        The same object as of `jax.stages.Compiled.memory_analysis`.
-        """
-        return self.executable.get_compiled_memory_stats()
+    def memory_analysis(self) -> types.SimpleNamespace:
+        """The static memory plan: `.argument_size_in_bytes`, `.host_temp_size_in_bytes`, ..."""
+        return types.SimpleNamespace(**self.memory)
 
     @property
     def peak_bytes(self) -> int:
         """Device memory: arguments + temporaries + outputs - what outputs share with arguments."""
-        return _peak(self.memory_analysis(), "")
+        return self._peak("")
 
     @property
     def host_bytes(self) -> int:
         """Pinned memory of the host, counted alike."""
-        return _peak(self.memory_analysis(), "host_")
+        return self._peak("host_")
+
+    def _peak(self, where: str) -> int:
+        def size(part: str) -> int:
+            return self.memory[f"{where}{part}_size_in_bytes"]
+
+        return size("argument") + size("temp") + size("output") - size("alias")
 
     def as_text(self) -> str:
-        """The optimized and scheduled program (HLO)."""
-        return "\n\n".join(module.to_string() for module in self.executable.hlo_modules())
-
-
-def _peak(stats: Any, prefix: str) -> int:
-    def size(part: str) -> int:
-        return getattr(stats, f"{prefix}{part}_size_in_bytes")
-
-    return size("argument") + size("temp") + size("output") - size("alias")
+        """The program, as of `jax.stages.Compiled.as_text`."""
+        return self.text
 
 
 def compile_for(
@@ -214,21 +206,21 @@ def compile_for(
         **keywords: its keyword arguments.
 
     Returns:
-        The program with its memory plan.
+        The program's memory plan and text.
 
     Raises:
         TargetError: unknown target, or JAX's CUDA plugin is not installed.
+        qlora_jax.compile_only.CompilerError: XLA cannot compile this for that GPU.
     """
     if isinstance(target, str):
         target = find_target(target)
-    module = lower_for(function, *args, target=target, **keywords)
-    return CompiledFor(target, compile_module(module, target, options))
+    return compile_lowered(lower_for(function, *args, target=target, **keywords), target, options)
 
 
 def lower_for(
     function: Callable[..., Any], *args: PyTree, target: GpuTarget, **keywords: Any
-) -> Any:
-    """The first two steps of `compile_for`: the StableHLO module, as traced for the target."""
+) -> ir.Module:
+    """The first two steps of `compile_for`: StableHLO, traced for the target."""
     function = function if hasattr(function, "trace") else jax.jit(function)
     place = functools.partial(jax.tree.map, _place)
     with devices.tracing_for(target.device):
@@ -237,6 +229,7 @@ def lower_for(
 
 
 def _place(leaf: Any) -> Any:
+    """The leaf without its values, on this machine's CPU."""
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         return leaf
     sharding = jax.sharding.SingleDeviceSharding(
@@ -247,67 +240,33 @@ def _place(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak_type)
 
 
-def compile_module(module: Any, target: GpuTarget, options: Mapping[str, str] | None = None) -> Any:
-    """The third step: a module for one device, compiled for it by its compile-only client.
+def compile_lowered(
+    module: ir.Module,
+    target: GpuTarget,
+    options: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> CompiledFor:
+    """The third step of `compile_for`.
 
-    JAX has no public function for this: its own route from a lowered to a compiled program takes
-    the devices from the arguments, which here are on the CPU.
+    Args:
+        module: from `lower_for`, for the same target.
+        target: the GPU.
+        options: more XLA options.
+        environment: variables for the compiler, where the program has Mosaic GPU kernels.
     """
-    device = compile_only_device(target)
-    compile_options = compiler.get_compile_options(
-        num_replicas=1,
-        num_partitions=1,
-        device_assignment=np.zeros((1, 1), np.int32),
-        env_options_overrides={**_WITHOUT_TIMING, **(options or {})},
-    )
-    return device.client.compile(module, _jax.DeviceList((device,)), compile_options)
-
-
-@functools.cache
-def compile_only_device(target: GpuTarget) -> jax.Device:
-    """A device of the description, with a client that compiles for it and can do nothing else.
-
-    Raises:
-        TargetError: JAX's CUDA plugin is not installed.
-    """
-    describe = functools.partial(
-        topologies.get_topology_desc,
-        platform="cuda",
-        target_config=target.description,
-        topology="1x1x1",
-    )
+    file = io.BytesIO()
+    module.operation.write_bytecode(file)
+    request = file.getvalue(), target.description, options or {}
     try:
-        return describe().devices[0]
-    except NotImplementedError:  # no plugin has registered itself
-        _register_plugin()
-    return describe().devices[0]
-
-
-def _register_plugin() -> None:
-    """Starts JAX's CUDA plugin, which stays away where it finds no GPU to run on."""
-    for name in _PLUGINS:
-        try:
-            plugin = importlib.import_module(name)
-        except ImportError:
-            continue
-        with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
-            plugin.initialize()
-        return
-    raise TargetError(
-        "compiling for a GPU takes JAX's CUDA plugin, which is not installed; it needs no GPU: "
-        'pip install "qlora-jax[cuda]" (about 3 GB)'
-    )
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        if b"mosaic_gpu" in request[0]:
+            answer = compile_only.compile_apart(
+                *request, architecture=target.compute_capability, environment=environment
+            )
+        else:
+            answer = compile_only.compile_here(*request)
+    except compile_only.NoPluginError:
+        raise TargetError(
+            "compiling for a GPU takes JAX's CUDA plugin, which is not installed; it needs no "
+            'GPU: pip install "qlora-jax[cuda]" (a few GB)'
+        ) from None
+    return CompiledFor(target, answer.memory, answer.text)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 from cuda_wheels import needs_cuda_wheels
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_train_step import random_batch, tiny_model
 
 from pallas_kernels import devices
-from qlora_jax import targets
+from qlora_jax import compile_only, targets
 from qlora_jax.targets import TARGETS, TargetError, compile_for, find_target
 from qlora_jax.training.building import split_model
 from qlora_jax.training.step import init_state, make_train_step
@@ -70,9 +71,9 @@ def test_without_the_plugin_it_says_what_to_install(monkeypatch):
     def absent(*args, **keywords):
         raise NotImplementedError("topology not implemented for cuda")
 
-    monkeypatch.setattr(targets.topologies, "get_topology_desc", absent)
-    monkeypatch.setattr(targets, "_PLUGINS", ("jax_plugins.no_such_plugin",))
-    targets.compile_only_device.cache_clear()
+    monkeypatch.setattr(compile_only.topologies, "get_topology_desc", absent)
+    monkeypatch.setattr(compile_only, "_PLUGINS", ("jax_plugins.no_such_plugin",))
+    compile_only._device.cache_clear()
     with pytest.raises(TargetError, match=r'pip install "qlora-jax\[cuda\]"'):
         compile_for(jnp.sin, MATRIX)
 
@@ -140,7 +141,36 @@ def test_compiler_options_reach_the_compiler():
         compile_for(jnp.sin, MATRIX, options={"xla_no_such_option": "1"})
 
 
+def mosaic_increment(x):
+    def kernel(x_gmem, out_gmem):
+        row = jax.lax.axis_index("row")
+        out_gmem[row] = x_gmem[row] + 1
+
+    return plgpu.kernel(kernel, out_type=x, grid=(x.shape[0],), grid_names=("row",))(x)
+
+
 @needs_cuda_wheels
+def test_mosaic_kernels_are_compiled_for_the_target_in_any_order():
+    """Mosaic GPU assembles for the first architecture of a process, and for no other."""
+    for name in ("a6000", "h100", "rtx4090"):
+        compiled = compile_for(mosaic_increment, MATRIX, target=name)
+        assert compiled.memory_analysis().argument_size_in_bytes == BYTES
+        assert "mosaic_gpu" in compiled.as_text()
+
+
+@needs_cuda_wheels
+def test_a_compiler_that_ends_is_an_error_with_its_code_and_the_next_one_works():
+    compile_for(mosaic_increment, MATRIX, target="h100")
+    process = compile_only._process("9.0").process
+    process.kill()
+    process.wait()
+    with pytest.raises(compile_only.CompilerError, match="ended with code -9"):
+        compile_for(mosaic_increment, MATRIX, target="h100")
+    assert compile_for(mosaic_increment, MATRIX, target="h100").peak_bytes == 2 * BYTES
+
+
+@needs_cuda_wheels
+@pytest.mark.slow
 def test_a_training_step_has_a_plan_for_a_gpu():
     graphdef, lora, frozen = split_model(tiny_model(dropout=0.1))
     tx = optax.adamw(1e-3)
