@@ -48,6 +48,7 @@ __all__ = [
     "decode_absmax",
     "decode_bytes",
     "look_up",
+    "rounded",
     "select",
     "tile_layout",
 ]
@@ -169,36 +170,46 @@ def decode_absmax(
     block = first_block + plgpu.broadcasted_iota(jnp.int32, codes.shape, 0, layout=layout)
     shared = dict(layout=layout, interpret=interpret)
     nested = look_up(nested_gmem, block >> (NESTED_BLOCK_SIZE.bit_length() - 1), **shared)
-    return (
-        _rounded_product(look_up(map_gmem, codes.astype(jnp.int32), **shared), nested, **shared)
-        + offset
-    )
+    factor = look_up(map_gmem, codes.astype(jnp.int32), **shared)
+    return rounded("mul", factor, nested, **shared) + offset
 
 
-def _rounded_product(
-    x: Float32[Array, " n"],
-    y: Float32[Array, " n"],
-    *,
+def rounded(
+    operation: str,
+    *operands: Float32[Array, " n"],
     layout: plgpu.Layout,
     interpret: bool,
 ) -> Float32[Array, " n"]:
-    """`x * y`, which no later sum makes an FMA of; both have one number a register."""
+    """The product (`"mul"`) of two arrays or the reciprocal (`"rcp"`) of one, to the nearest float.
+
+    That is what XLA computes. For the plain operators, LLVM takes an approximate division and
+    ptxas makes an FMA of a product and a later sum; an instruction that names its rounding
+    (`mul.rn`) is left alone.
+
+    Args:
+        operation: `"mul"` or `"rcp"`.
+        operands: of one number a register, e.g. in the layout `tile_layout(...).reduce(1)`.
+        layout: of the operands, and of the result.
+        interpret: whether the kernel runs in Pallas's interpreter.
+    """
     if interpret:
-        return jax.lax.optimization_barrier(x * y)
-    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
+        x, *others = operands
+        return jax.lax.optimization_barrier(x * others[0] if operation == "mul" else 1.0 / x)
+    result = plgpu.ShapeDtypeStruct(operands[0].shape, jnp.float32, layout=layout)
+    places = ", ".join(f"${i}" for i in range(len(operands) + 1))
+    constraints = ",".join(["=f"] + ["f"] * len(operands))
 
-    @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=result)
-    def multiply(_, x, y):
-        f32 = ir.F32Type.get()
+    @plgpu.inline_mgpu(arg_types=(layout,) * len(operands), return_type=result)
+    def compute(_, *operands):
+        f32, code = ir.F32Type.get(), f"{operation}.rn.f32 {places};"
 
-        # A barrier of LLVM's is none for ptxas, which fuses all but what names its rounding.
-        def product(x, y):
-            factors = [extract(x, 0), extract(y, 0)]
-            return pack([llvm.inline_asm(f32, factors, "mul.rn.f32 $0, $1, $2;", "=f,f,f")])
+        def apply(*registers):
+            numbers = [extract(register, 0) for register in registers]
+            return pack([llvm.inline_asm(f32, numbers, code, constraints)])
 
-        return map_registers(product, x, y)
+        return map_registers(apply, *operands)
 
-    return multiply(x, y)
+    return compute(*operands)
 
 
 def _shuffled(entry: ir.Value, shift: int, register: ir.Value) -> ir.Value:

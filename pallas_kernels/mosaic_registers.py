@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxtyping import Array, Shaped
 
 WARP, WARPS = 32, 4
 WARPGROUP = WARP * WARPS
@@ -46,6 +48,29 @@ def tile_layout(columns: int, vector: int) -> plgpu.Layout:
     )
     layout = mgpu.TiledLayout(tiling, (-6, -5), (-4, -3), -1, _check_canonical=False).canonicalize()
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def store_rows(
+    ref: Any, value: Shaped[Array, " rows"], *, layout: plgpu.Layout, interpret: bool
+) -> None:
+    """Writes one number a row, of which each thread of the row has a copy.
+
+    Args:
+        ref: [rows] in global memory.
+        value: in the layout `tile_layout(...).reduce(1)`.
+        layout: of `value`.
+        interpret: whether the kernel runs in Pallas's interpreter.
+    """
+    if interpret:
+        ref[...] = value
+        return
+
+    # A plain assignment refuses what are no full vectors.
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    def store(_, ref, value):
+        value.store_untiled(ref, optimized=False)
+
+    store(ref, value)
 
 
 def constant(value: int) -> ir.Value:

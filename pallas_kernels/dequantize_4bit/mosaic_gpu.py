@@ -41,7 +41,7 @@ from pallas_kernels.mosaic_registers import tile_layout
 
 _VECTOR_BYTES = 16
 # 128 threads read at most 8 bytes each at once.
-_LEAST_TILE = 1024
+LEAST_TILE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Tiles:
     tile_bytes: int = 4096
 
     def __post_init__(self) -> None:
-        if self.tile_bytes < _LEAST_TILE or self.tile_bytes % _LEAST_TILE:
-            raise ValueError(f"{self.tile_bytes=} must be a multiple of {_LEAST_TILE}")
+        if self.tile_bytes < LEAST_TILE or self.tile_bytes % LEAST_TILE:
+            raise ValueError(f"{self.tile_bytes=} must be a multiple of {LEAST_TILE}")
 
 
 def default_tiles(plane: int, block_size: int) -> Tiles:
@@ -69,7 +69,7 @@ def default_tiles(plane: int, block_size: int) -> Tiles:
     >>> default_tiles(4096 * 4096 // 2, 64), default_tiles(2048, 64)
     (Tiles(tile_bytes=4096), Tiles(tile_bytes=1024))
     """
-    least = max(_LEAST_TILE, block_size)
+    least = max(LEAST_TILE, block_size)
     sizes = [least << k for k in (2, 1, 0) if least << k <= max(least, 4096)]
     return Tiles(next((n for n in sizes if plane // n >= 1024), least))
 
@@ -132,12 +132,13 @@ def dequantize(
             unsafe_no_auto_barriers=True,
         ),
         kernel_name="dequantize_4bit",
-        interpret=_interpreter(interpret),
+        interpret=interpreter(interpret),
     )
     return kernel(*arrays).reshape(-1)[:size].reshape(shape)
 
 
-def _interpreter(interpret: bool) -> Any:
+def interpreter(interpret: bool) -> Any:
+    """What `plgpu.kernel` takes as `interpret`."""
     return plgpu.InterpretGPUParams() if interpret else None
 
 
