@@ -2,20 +2,30 @@
 
     python scripts/bench.py --suite=cpu
     python scripts/bench.py --suite=cpu --part=dequantize --rival_python=/path/to/python
+    python scripts/bench.py --suite=gpu
+    python scripts/bench.py --suite=gpu --part=check --part=kernels --budget_s=540
+    python scripts/bench.py --suite=gpu --part=tune --write_tuning
+    python scripts/bench.py --suite=gpu --dry-run
 
-The suites are in files of their own, which say what they measure: scripts/bench_cpu.py.
+The suites are in files of their own, which say what they measure: scripts/bench_cpu.py and
+scripts/bench_gpu.py.
 
 The rival's environment is made once in benchmarks/.venv-rival (it needs python3.11; with a GPU
-build of torch it takes gigabytes). Every sample goes to benchmarks/results/, a file for each run.
+build of torch it takes gigabytes). The suite `gpu` makes none: it takes this Python if torch and
+bitsandbytes are in it, or else --rival_python, and has no rival otherwise; it never uses the
+network. Every sample goes to benchmarks/results/, a file for each run; those of a dry run, which
+mean nothing, to benchmarks/.cache/.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from typing import Any
+import pathlib
 
 import bench_cpu
+import bench_gpu
+import bench_gpu_tune
 from absl import flags
 from bench_workers import ROOT
 from rich.console import Console
@@ -23,11 +33,12 @@ from rich.console import Console
 from qlora_jax import command_line
 from qlora_jax.errors import UserError
 
-PARTS = {"cpu": bench_cpu.PARTS}
+PARTS = {"cpu": bench_cpu.PARTS, "gpu": bench_gpu.PARTS}
+DEFAULT_PARTS = {"cpu": bench_cpu.PARTS, "gpu": bench_gpu.DEFAULT_PARTS}
 
 
 def chosen_parts(suite: str, wanted: list[str] | None) -> list[str]:
-    """The parts of a suite that are to run; all of them where none is named.
+    """The parts of a suite that are to run, in the suite's order.
 
     Raises:
         UserError: the suite has no such part.
@@ -37,12 +48,14 @@ def chosen_parts(suite: str, wanted: list[str] | None) -> list[str]:
         raise UserError(
             f"--part={unknown[0]}: the suite {suite} has the parts {', '.join(PARTS[suite])}"
         )
-    return list(wanted or PARTS[suite])
+    return [part for part in PARTS[suite] if part in (wanted or DEFAULT_PARTS[suite])]
 
 
-def run_cpu(console: Console, parts: list[str]) -> dict[str, Any]:
+def run_cpu(console: Console, parts: list[str]) -> None:
     """The suite `cpu` with this command line's flags."""
-    return bench_cpu.run(
+    if _DRY_RUN.value:
+        raise UserError("--dry_run: the suite cpu has none")
+    result = bench_cpu.run(
         parts=parts,
         cores=_CORES.value,
         rounds=_ROUNDS.value,
@@ -55,19 +68,41 @@ def run_cpu(console: Console, parts: list[str]) -> dict[str, Any]:
         ],
         console=console,
     )
+    path = result_path("cpu", dry_run=False)
+    path.write_text(json.dumps(result) + "\n")
+    print(f"written: {path}")
 
 
-SUITES = {"cpu": run_cpu}
+def run_gpu(console: Console, parts: list[str]) -> None:
+    """The suite `gpu` with this command line's flags; its file is complete after every part."""
+    path = result_path("gpu", dry_run=_DRY_RUN.value)
+    result = bench_gpu.run(
+        parts=parts,
+        dry_run=_DRY_RUN.value,
+        rival_python=_RIVAL_PYTHON.value,
+        budget_s=_BUDGET_S.value,
+        console=console,
+        save=lambda result: path.write_text(json.dumps(result) + "\n"),
+    )
+    print(f"written: {path}")
+    if "tune" in result and _WRITE_TUNING.value and not _DRY_RUN.value:
+        for written in bench_gpu_tune.write(result["tune"]):
+            print(f"written: {written}")
+
+
+SUITES = {"cpu": run_cpu, "gpu": run_gpu}
+
+
+def result_path(suite: str, *, dry_run: bool) -> pathlib.Path:
+    """Where a run that starts now puts its samples; the folder is made."""
+    folder = ROOT / "benchmarks" / (".cache" if dry_run else "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{suite}_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}.json"
 
 
 def main() -> None:
     """Runs a suite and writes its samples."""
-    result = SUITES[_SUITE.value](Console(), chosen_parts(_SUITE.value, _PART.value))
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_SUITE.value}_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}.json"
-    path.write_text(json.dumps(result) + "\n")
-    print(f"written: {path}")
+    SUITES[_SUITE.value](Console(), chosen_parts(_SUITE.value, _PART.value))
 
 
 if __name__ == "__main__":
@@ -81,5 +116,9 @@ if __name__ == "__main__":
     _REMAT = flags.DEFINE_string("remat", "auto", "ours: config.model.remat")
     _LOSS_CHUNK = flags.DEFINE_integer("loss_chunk", 256, "ours: config.train.loss_chunk", 1)
     _RIVAL_PYTHON = flags.DEFINE_string("rival_python", None, "a Python with the rival's packages")
-    flags.DEFINE_alias("rival-python", "rival_python")
+    _DRY_RUN = flags.DEFINE_bool("dry_run", False, "suite gpu: tiny shapes, on the CPU")
+    _BUDGET_S = flags.DEFINE_integer("budget_s", None, "suite gpu: seconds for all parts", 1)
+    _WRITE_TUNING = flags.DEFINE_bool("write_tuning", False, "suite gpu: keep what tune found")
+    for name in ("rival_python", "dry_run", "budget_s", "write_tuning"):
+        flags.DEFINE_alias(name.replace("_", "-"), name)
     command_line.run(main)

@@ -40,12 +40,21 @@ def find_rival(python: str | None) -> pathlib.Path:
     """
     if python is None:
         return _rival_venv()
+    return find_python(python, "torch, transformers, peft, bitsandbytes, accelerate, gguf")
+
+
+def find_python(python: str, packages: str) -> pathlib.Path:
+    """A Python that was given by its path, once it has shown that it can import all packages.
+
+    Args:
+        python: its path.
+        packages: names with commas between them.
+
+    Raises:
+        UserError: it does not exist, or a package cannot be imported.
+    """
     path = resolve_path(python)
-    check = subprocess.run(
-        [path, "-c", "import torch, transformers, peft, bitsandbytes, accelerate, gguf"],
-        capture_output=True,
-        text=True,
-    )
+    check = subprocess.run([path, "-c", f"import {packages}"], capture_output=True, text=True)
     if check.returncode:
         raise UserError(
             f"--rival_python={python} cannot run the rival: {last_line(check.stderr)}; "

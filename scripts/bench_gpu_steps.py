@@ -1,0 +1,203 @@
+"""Our side of the suite `gpu`'s whole steps: QLoRA training and decoding with random weights.
+
+    python scripts/bench_gpu_steps.py [--dry-run]
+
+Questions, a line of JSON each, in the order of the memory they need (the device's high-water mark
+is never reset):
+
+    {"run": "decode"}
+    {"run": "train", "setting": "full"}       what `config.model.remat` may be
+
+What is timed is what users run: `qlora_jax.training.step` on a configuration's optimizer and
+adapters, and `qlora_jax.generation.generate_ids`. Only the weights are not read from a file: the
+model is built without values, made 4-bit in that state, and filled with random codes and scales on
+the device. No dense copy of it exists at any time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import bench_gpu_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax import config
+from qlora_jax.flax_nnx import apply_qlora, quantize_model
+from qlora_jax.generation import generate_ids
+from qlora_jax.lora import is_quantized
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.llama import Llama
+from qlora_jax.training.building import build_optimizer, choose_compute_dtype, split_model
+from qlora_jax.training.step import compile_step, init_state, make_train_step, next_token_loss
+
+_GENERATIONS = 3
+
+
+def main() -> None:
+    """Answers until standard input ends."""
+    bench = StepBench(cases.DRY_RUN if "--dry-run" in sys.argv[1:] else cases.FULL)
+    for line in sys.stdin:
+        try:
+            answer = bench.answer(json.loads(line))
+        except Exception as error:  # a row, not the end: above all, too little memory
+            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+        print(json.dumps(answer), flush=True)
+
+
+def random_model(sizes: cases.Sizes, dtype: np.dtype) -> Llama:
+    """A 4-bit Llama (NF4, double quantization) of random codes, scales and embeddings."""
+    shape = dict(sizes.model)
+    shape["head_dim"] = shape["hidden_size"] // shape["num_attention_heads"]
+    model = nnx.eval_shape(
+        lambda: Llama(LlamaConfig(**shape), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    )
+    model = quantize_model(model, quant_type="nf4", block_size=64, double_quant=True)
+    key = jax.random.key(0)
+    for index, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(model))):
+        fold = jax.random.fold_in(key, index)
+        value = variable.get_value()
+        if is_quantized(value):
+            variable.set_value(_random_packed(fold, value))
+        else:
+            center = 1.0 if path[-1] == "scale" else 0.0
+            variable.set_value(_normal(fold, center, value.shape, value.dtype))
+    return model
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: jax.Array, center: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return (center + 0.02 * jax.random.normal(key, shape, dtype)).astype(dtype)
+
+
+def _random_packed(key: jax.Array, abstract: Any) -> Any:
+    """Random values of an abstract `QuantizedTensor`; its scales lie between 0.01 and 0.03."""
+    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract)
+
+    @jax.jit
+    def make(key):
+        one, two, three = jax.random.split(key, 3)
+        return jax.tree.unflatten(
+            jax.tree.structure(abstract),
+            [
+                jax.random.bits(one, shapes.codes, jnp.uint8),
+                jax.random.bits(two, shapes.absmax, jnp.uint8),
+                jax.random.uniform(three, shapes.nested_absmax, minval=0.005, maxval=0.01),
+                jnp.full(shapes.offset, 0.02),
+            ],
+        )
+
+    return make(key)
+
+
+class StepBench:
+    """The model, and what is done with it."""
+
+    def __init__(self, sizes: cases.Sizes):
+        """Builds the model on the device."""
+        self._sizes = sizes
+        self._settings = config.get_config()
+        self._settings.lora.rank = sizes.rank
+        self._dtype, _ = choose_compute_dtype("auto", jax.devices()[0])
+        self._base = random_model(sizes, self._dtype)
+
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one question of the module's text."""
+        if question["run"] == "decode":
+            return self._decode()
+        return self._train(question["setting"])
+
+    def _decode(self) -> dict[str, Any]:
+        sizes, rng = self._sizes, np.random.default_rng(0)
+        prompt = rng.integers(1, sizes.model["vocab_size"], sizes.prompt).tolist()
+        seconds: dict[int, list[float]] = {count: [] for count in sizes.new_tokens}
+        for run in range(_GENERATIONS + 1):
+            for count in sizes.new_tokens:
+                started = time.perf_counter()
+                (new,) = generate_ids(self._base, [prompt], max_new_tokens=count)
+                if len(new) != count:
+                    raise RuntimeError(f"{len(new)} new tokens instead of {count}")
+                if run:  # the first one compiles
+                    seconds[count].append(time.perf_counter() - started)
+        return {"seconds": seconds, "peak_bytes": peak_bytes(), "dtype": str(self._dtype)}
+
+    def _train(self, setting: str) -> dict[str, Any]:
+        sizes, settings = self._sizes, self._settings
+        model = apply_qlora(
+            self._base,
+            where=settings.lora.where,
+            rank=settings.lora.rank,
+            alpha=settings.lora.alpha,
+            lora_dtype=jnp.dtype(settings.lora.dtype),
+            rngs=nnx.Rngs(settings.seed),
+        )
+        model.remat = setting
+        model.train()
+        graphdef, lora, frozen = split_model(model)
+        tx, _ = build_optimizer(settings, total_steps=1000)
+        state = init_state(lora, tx, settings.seed)
+        trainable = sum(leaf.size for leaf in jax.tree.leaves(lora))
+        del model, lora
+        loss = functools.partial(next_token_loss, chunk_size=sizes.loss_chunk)
+        batch = random_batch(sizes)
+        started = time.perf_counter()
+        step = compile_step(make_train_step(graphdef, tx, loss_fn=loss), state, frozen, batch)
+        report = {"compile_s": time.perf_counter() - started, "predicted_bytes": predicted(step)}
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        if limit is not None and report["predicted_bytes"] > limit:
+            return report | {"skipped": f"does not fit: the device has {limit} bytes"}
+        seconds, losses = [], []
+        for _ in range(sizes.step_warm_up + sizes.steps):
+            started = time.perf_counter()
+            state, metrics = step(state, frozen, batch)
+            jax.block_until_ready(state)
+            seconds.append(time.perf_counter() - started)
+            losses.append(float(metrics["loss"]))
+        if not np.isfinite(losses).all():
+            raise RuntimeError(f"{losses=}")
+        seconds = seconds[sizes.step_warm_up :]
+        report |= {"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes()}
+        report["trainable"] = trainable
+        tokens = sizes.batch * sizes.length
+        return report | {"tokens_per_second": tokens / statistics.median(seconds)}
+
+
+def random_batch(sizes: cases.Sizes) -> dict[str, np.ndarray]:
+    """One microbatch of random tokens; every row is one document and every token carries loss."""
+    shape = (1, sizes.batch, sizes.length)
+    ones = np.ones(shape, np.int32)
+    return {
+        "tokens": np.random.default_rng(0).integers(
+            1, sizes.model["vocab_size"], shape, dtype=np.int32
+        ),
+        "loss_mask": ones,
+        "segment_ids": ones,
+        "positions": np.broadcast_to(np.arange(sizes.length, dtype=np.int32), shape),
+    }
+
+
+def predicted(step: jax.stages.Compiled) -> int:
+    """Device bytes that the compiled step needs: arguments + temporaries + outputs - aliases."""
+    plan = step.memory_analysis()
+    return (
+        plan.argument_size_in_bytes
+        + plan.temp_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes
+    )
+
+
+def peak_bytes() -> int | None:
+    """The most device memory that was ever in use; None where the backend does not count."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+if __name__ == "__main__":
+    main()

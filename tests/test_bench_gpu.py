@@ -1,0 +1,331 @@
+"""The GPU benchmark without a GPU: its checks find mistakes, its bookkeeping counts, it goes on."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pallas_kernels import devices
+from pallas_kernels.dequantize_4bit import api as dequantize_api
+from pallas_kernels.matmul_4bit import api as matmul_api
+from qlora_jax.errors import UserError
+
+SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
+CASE = {
+    "operation": "dequantize",
+    "implementation": "xla",
+    "quant_type": "nf4",
+    "double_quant": True,
+    "block_size": 64,
+    "dtype": "bfloat16",
+    "shape": [130, 192],
+    "rows": 0,
+}
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def worker(load, tmp_path):
+    """Makes a `Worker` of a Python program's text."""
+    workers = []
+
+    def make(text, **kwargs):
+        path = tmp_path / "worker.py"
+        path.write_text(text)
+        workers.append(load("bench_workers").Worker([sys.executable, path], **kwargs))
+        return workers[-1]
+
+    yield make
+    for one in workers:
+        one.stop()
+
+
+ECHO = """
+import json, os, sys, time
+for line in sys.stdin:
+    question = json.loads(line)
+    if question.get("crash"):
+        print("first line\\nthe reason", file=sys.stderr)
+        os._exit(3)
+    time.sleep(question.get("sleep", 0))
+    print("noise")
+    print(json.dumps(question | {"pid": os.getpid(), "env": os.environ.get("OF_TEST")}), flush=True)
+"""
+
+
+def test_a_worker_answers_in_one_process(worker):
+    echo = worker(ECHO, env={"OF_TEST": "yes"})
+    first, second = (echo.ask({"n": n}, timeout_s=30) for n in (1, 2))
+    assert (first["n"], second["n"], first["env"]) == (1, 2, "yes")
+    assert first["pid"] == second["pid"]
+
+
+def test_a_crash_costs_one_answer(load, worker):
+    echo, error = worker(ECHO), load("bench_workers").WorkerError
+    before = echo.ask({}, timeout_s=30)
+    with pytest.raises(error, match="ended with code 3: the reason"):
+        echo.ask({"crash": True}, timeout_s=30)
+    assert echo.ask({}, timeout_s=30)["pid"] != before["pid"]
+
+
+def test_a_worker_that_hangs_is_ended(load, worker):
+    echo = worker(ECHO)
+    echo.ask({}, timeout_s=30)
+    with pytest.raises(load("bench_workers").WorkerError, match="no answer within"):
+        echo.ask({"sleep": 60}, timeout_s=0.2)
+    assert "sleep" not in echo.ask({}, timeout_s=30)  # and not the late answer
+
+
+@pytest.mark.parametrize("operation", ["dequantize", "matmul", "matmul_transposed", "quantize"])
+def test_the_reference_agrees_with_the_plain_implementation(load, operation):
+    case = CASE | {"operation": operation, "rows": 3 * operation.startswith("matmul")}
+    answer = load("bench_gpu_check").check(case, interpret=False)
+    assert answer["verdict"] == "ok", answer
+
+
+def test_one_wrong_bit_is_found(load, monkeypatch):
+    right = dequantize_api.IMPLEMENTATIONS["xla"]
+
+    def wrong(*args, **static):
+        y = right(*args, **static)
+        return y.at[129, 191].set(jnp.nextafter(y[129, 191], jnp.bfloat16(9)))
+
+    monkeypatch.setitem(dequantize_api.IMPLEMENTATIONS, "xla", wrong)
+    answer = load("bench_gpu_check").check(CASE, interpret=False)
+    assert answer["verdict"] == "wrong" and answer["detail"].startswith("[1] bytes differ")
+
+
+@pytest.mark.parametrize("forgotten", ["column", "row", "nan"])
+def test_a_wrong_product_is_found(load, monkeypatch, forgotten):
+    right, transposed = matmul_api.IMPLEMENTATIONS["xla"]
+
+    def wrong(x, *args, **static):
+        if forgotten == "column":
+            return right(x.at[:, 191].set(0), *args, **static)
+        value = 0 if forgotten == "row" else jnp.nan
+        return right(x, *args, **static).at[:, 129].set(value)
+
+    monkeypatch.setitem(matmul_api.IMPLEMENTATIONS, "xla", (wrong, transposed))
+    case = CASE | {"operation": "matmul", "rows": 3}
+    assert load("bench_gpu_check").check(case, interpret=False)["verdict"] == "wrong"
+
+
+def test_a_refusal_is_no_mistake(load, monkeypatch):
+    def refuse(*args, **static):
+        raise NotImplementedError("only square ones")
+
+    monkeypatch.setitem(dequantize_api.IMPLEMENTATIONS, "xla", refuse)
+    answer = load("bench_gpu_check").check(CASE, interpret=False)
+    assert answer["verdict"] == "unsupported" and "only square ones" in answer["detail"]
+
+
+def test_calls_go_through_all_copies_of_the_weight(load):
+    ours = load("bench_gpu_ours")
+    bench, used = ours.KernelBench(interpret=False), []
+    case = {"operation": "matmul", "shape": [64, 128], "rows": 2}
+    question = {"case": case, "implementation": "default", "calls": 5, "warm_up": 1}
+    answer = bench.answer(question | {"rotate_bytes": 1e4})
+    assert answer["clock"] == "wall" and len(answer["seconds"]) == 5
+    (copies,) = bench._weights.values()
+    assert len(copies) == 4 and len({np.asarray(codes).tobytes() for codes, *_ in copies}) == 4
+    kept = []
+    ours.time_calls(lambda w: used.append(w) or jnp.zeros(1), [(0,), (1,)], kept, calls=3)
+    assert used == [0, 1, 0] and len(kept) == 3
+
+
+class FakeWorker:
+    """Answers by a function; remembers who was asked."""
+
+    def __init__(self, answer, log):
+        self.ask = lambda question, timeout_s: log.append(question) or answer(question)
+        self.stop = lambda: log.append("stopped")
+
+
+def fake_suite(load, **sizes):
+    cases, suite = load("bench_gpu_cases"), load("bench_gpu").Suite
+    sizes = dataclasses.replace(cases.DRY_RUN, **sizes)
+    return suite(dry_run=True, rival_python=None, console=Console(quiet=True), sizes=sizes)
+
+
+def test_sides_take_turns_and_one_that_fails_is_asked_no_more(load):
+    def answer(question):
+        if question["implementation"] == "broken":
+            return {"error": "illegal address"}
+        return {"seconds": [1.0, 2.0], "clock": "kernels", "kernels": ["k"]}
+
+    log = []
+    side = FakeWorker(answer, log)
+    asked = [("ours", "default"), ("ours", "broken"), ("rival", "bitsandbytes")]
+    case = {"operation": "dequantize", "shape": [2, 64], "rows": 0}
+    row = fake_suite(load, turns=2).time_case(case, asked, {"ours": side, "rival": side})
+    order = [entry if entry == "stopped" else entry["implementation"] for entry in log]
+    assert order == ["default", "broken", "stopped", "bitsandbytes", "default", "bitsandbytes"]
+    assert row["seconds"] == {"default": [1.0, 2.0] * 2, "bitsandbytes": [1.0, 2.0] * 2}
+    assert row["not"] == {"broken": "illegal address"}
+
+
+def timed(operation, shape, rows, clock="kernels", **seconds):
+    names = {"ours": "default", "rival": "bitsandbytes", "dense": "torch bf16"}
+    samples = {names[who]: [value] for who, value in seconds.items()}
+    case = {"operation": operation, "shape": list(shape), "rows": rows}
+    return {"case": case, "seconds": samples, "clock": dict.fromkeys(samples, clock), "not": {}}
+
+
+def test_goals_take_the_worst_shape(load):
+    report = load("bench_gpu_report")
+    size = 8192 * 8192
+    moved = report.moved_bytes({"operation": "dequantize", "shape": [8192, 8192], "rows": 0})
+    assert moved == size / 2 + size / 64 + 4 * size / 64 / 256 + 2 * size
+    rows = [
+        timed("dequantize", (8192, 8192), 0, ours=moved / 0.8e12, rival=2 * moved / 0.8e12),
+        timed("matmul", (8192, 8192), 1, ours=1.0, rival=1.5, dense=3.0),
+        timed("matmul", (4096, 4096), 1, ours=1.0, rival=1.1, dense=2.0),
+        timed("matmul", (4096, 4096), 16, ours=1.0, rival=2.5),
+        timed("matmul", (4096, 4096), 4096, ours=1.1, dense=1.0),
+        timed("matmul", (8192, 8192), 4096, ours=1.2, dense=1.0),
+    ]
+    kernels = {"rows": rows, "limits": {"bytes_per_s": 1e12}}
+    train = {"tokens_per_second": 20.0}, {"tokens_per_second": 5.0}, {"tokens_per_second": 10.0}
+    steps = {
+        "ours train full": train[0],
+        "rival train checkpointing": train[1],
+        "rival train no checkpointing": train[2],
+        "ours decode": {"seconds": {"16": [1.0], "128": [2.0]}},
+        "rival decode": {"error": "no memory"},
+    }
+    found = report.goals({"dry_run": False, "kernels": kernels, "steps": steps})
+    figures = [goal["measured"] and round(goal["measured"], 3) for goal in found]
+    assert figures == [0.8, 2.0, 1.1, 3.0, 2.5, 1.2, 2.0, None]
+    assert [goal["met"] for goal in found] == [True, True, False, True, True, False, True, None]
+    found = report.goals({"dry_run": True, "kernels": kernels, "steps": steps})
+    assert {goal["met"] for goal in found} == {None}
+
+
+def test_times_of_different_clocks_are_not_compared(load):
+    report = load("bench_gpu_report")
+    row = timed("matmul", (64, 64), 1, ours=1.0, rival=9.0, dense=4.0)
+    row["clock"]["bitsandbytes"] = "events"
+    assert report.ratio(row, "bitsandbytes") is None
+    assert report.ratio(row, "bitsandbytes", "torch bf16") == 4.0
+
+
+def test_decoding_is_what_lies_between_two_counts(load):
+    report = load("bench_gpu_report")
+    answer = {"seconds": {"16": [1.0, 1.5, 9.0], "128": [5.5]}}
+    assert report.tokens_per_second(answer) == 112 / 4.0
+
+
+def test_goals_are_timed_first_and_nothing_twice(load):
+    cases = load("bench_gpu_cases")
+    found = cases.timing_cases(cases.FULL)
+    names = [cases.case_name(case) for case in found]
+    assert len(set(names)) == len(names) == len(cases.FULL.shapes) * (2 + 2 * 6)
+    goals = {"dequantize 4096x4096", "matmul 16 x (4096x4096)", "matmul 4096 x (17920x6656)"}
+    assert goals < set(names[:20]) and "matmul 1 x (22016x8192)" in names[:20]
+
+
+def test_best_tiles_are_found_by_doubling_and_halving(load):
+    tune = load("bench_gpu_tune")
+
+    def seconds(case, name):
+        tiles = case.get("tiles", {"rows": 8, "stages": 2})
+        if tiles["stages"] > 4:
+            return None  # refused
+        return abs(tiles["rows"] - 32) + abs(tiles["stages"] - 4) + 1.0
+
+    found = tune.best_tiles({}, "triton", {"rows": 8, "stages": 2}, seconds, float("inf"))
+    assert found == {
+        "tiles": {"rows": 32, "stages": 4},
+        "seconds": 1.0,
+        "default_seconds": 27.0,
+    }
+
+
+def test_crossovers_are_written_as_devices_reads_them(load, tmp_path, monkeypatch):
+    tune, suite = load("bench_gpu_tune"), fake_suite(load)
+    monkeypatch.setitem(matmul_api.IMPLEMENTATIONS, "triton", None)
+    times = {"triton": lambda rows: rows, "dequantize": lambda rows: 20.0}
+
+    def seconds(case, name):
+        return times[name](case["rows"]) if name in times else None
+
+    rows = tune.crossover((4096, 4096), suite, seconds)
+    assert rows == 16
+    kind = {"device_kind": "NVIDIA L4", "compute_capability": "8.9"}
+    other = {"device_kind": "NVIDIA A100", "compute_capability": "8.0", "rows": [[8, 64, 3]]}
+    path = tmp_path / "crossovers.json"
+    path.write_text(json.dumps([kind | {"rows": [[8, 64, 99]]}, other]))
+    found = {"crossover": kind | {"rows": [[4096, 4096, rows]]}, "tiles": []}
+    assert tune.write(found, tmp_path) == [path]
+    monkeypatch.setattr(devices, "__file__", str(tmp_path / "devices.py"))
+    read = {entry.device_kind: entry.rows for entry in devices.crossovers.__wrapped__()}
+    assert read == {"NVIDIA L4": {(4096, 4096): 16}, "NVIDIA A100": {(8, 64): 3}}
+
+
+def test_without_a_gpu_it_says_what_to_do(load, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="--dry-run"):
+        load("bench_gpu_machine").require_gpu()
+
+
+def test_a_part_belongs_to_its_suite(load):
+    bench = load("bench")
+    assert bench.chosen_parts("gpu", None) == ["check", "kernels", "steps"]
+    assert bench.chosen_parts("gpu", ["tune", "check"]) == ["check", "tune"]
+    with pytest.raises(UserError, match="the suite cpu has the parts dequantize, train"):
+        bench.chosen_parts("cpu", ["steps"])
+
+
+def dry_run(load, parts, **sizes):
+    sizes = dataclasses.replace(load("bench_gpu_cases").DRY_RUN, **sizes)
+    saved = []
+    result = load("bench_gpu").run(
+        parts=parts,
+        dry_run=True,
+        rival_python=None,
+        budget_s=None,
+        console=Console(quiet=True),
+        save=lambda found: saved.append(json.loads(json.dumps(found))),
+        sizes=sizes,
+    )
+    assert saved[-1] == json.loads(json.dumps(result)) and len(saved) == len(parts) + 1
+    return result
+
+
+def test_a_reduced_dry_run(load):
+    small = dict(check_shapes=((128, 128),), check_rows=(1,), check_formats=1)
+    result = dry_run(load, ["check", "kernels"], shapes=((128, 128),), rows=(1,), **small)
+    verdicts = {(row["operation"], row["implementation"]): row for row in result["check"]}
+    for operation in ("dequantize", "matmul", "matmul_transposed", "quantize"):
+        for name in ("xla", "default"):
+            assert verdicts[operation, name]["verdict"] == "ok"
+    assert {row["verdict"] for row in result["check"]} <= {"ok", "unsupported"}
+    timed_cases = [row["case"]["operation"] for row in result["kernels"]["rows"]]
+    assert sorted(timed_cases) == ["dequantize", "matmul", "matmul_transposed", "quantize"]
+    for row in result["kernels"]["rows"]:
+        assert len(row["seconds"]["default"]) == 2 * 2, row["not"]
+    assert len(result["goals"]) == 8
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_whole_steps(load):
+    steps = dry_run(load, ["steps"])["steps"]
+    assert list(steps) == [f"ours {q}" for q in ("decode", "train full", "train none")] + [
+        "ours train projections"
+    ]
+    for name, answer in steps.items():
+        assert "error" not in answer, (name, answer)
+    assert steps["ours train full"]["losses"] == pytest.approx(steps["ours train none"]["losses"])
+    full, none = (steps[f"ours train {remat}"]["predicted_bytes"] for remat in ("full", "none"))
+    assert 0 < full < none
