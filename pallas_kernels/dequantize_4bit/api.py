@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import devices
-from pallas_kernels.dequantize_4bit import xla
+from pallas_kernels.dequantize_4bit import mosaic_gpu, triton, xla
 from pallas_kernels.formats import check_format
 
 IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.dequantize,
+    "triton": triton.dequantize,
     "xla": xla.dequantize,
 }
 
