@@ -101,7 +101,7 @@ DRY_RUN = Sizes(
     shapes=((128, 128), (256, 128)),
     rows=(1, 64),
     check_shapes=((130, 192), (128, 128)),
-    check_rows=(1, 16),
+    check_rows=(1, 16, 40),
     check_formats=2,
     calls=2,
     warm_up=1,
@@ -152,33 +152,37 @@ def timing_cases(sizes: Sizes) -> list[Case]:
 
 
 def check_cases(sizes: Sizes, operation: str) -> list[Case]:
-    """All checks of an operation, the format that models use first."""
+    """All checks of an operation, the format that models use first.
+
+    In that format the smallest shape has all row counts, the others the first and the last but one
+    (the most that fused products take), and one product has a bias and a low-rank update. In the
+    other formats there is the smallest shape.
+    """
     formats = [("nf4", True, 64, "bfloat16")]
     formats += [("nf4", False, 64, "bfloat16"), ("fp4", True, 64, "bfloat16")]
     formats += [("int4", True, 64, "bfloat16"), ("nf4", True, 128, "bfloat16")]
     formats += [("nf4", True, 64, "float16"), ("nf4", True, 64, "float32")]
-    cases = []
+    product, rows = operation.startswith("matmul"), sizes.check_rows
+    found = []
     for index, (quant_type, double_quant, block_size, dtype) in enumerate(
         formats[: sizes.check_formats]
     ):
-        for shape in sizes.check_shapes:
-            rows = sizes.check_rows if operation.startswith("matmul") else (0,)
-            # Every shape and row count in the first format; in the others one of each kind.
-            if index and shape != sizes.check_shapes[0]:
-                continue
-            for count in rows if not index else rows[:2]:
-                cases.append(
-                    {
-                        "operation": operation,
-                        "quant_type": quant_type,
-                        "double_quant": double_quant,
-                        "block_size": block_size,
-                        "dtype": dtype,
-                        "shape": list(shape),
-                        "rows": count,
-                    }
-                )
-    return cases
+        for place, shape in enumerate(sizes.check_shapes if not index else sizes.check_shapes[:1]):
+            every = not index and not place
+            chosen = (rows if every else sorted({rows[0], rows[-2]})) if product else (0,)
+            plain = {
+                "operation": operation,
+                "quant_type": quant_type,
+                "double_quant": double_quant,
+                "block_size": block_size,
+                "dtype": dtype,
+                "shape": list(shape),
+                "epilogue": False,
+            }
+            found += [plain | {"rows": count} for count in chosen]
+            if every and operation == "matmul":
+                found.append(plain | {"rows": rows[0], "epilogue": True})
+    return found
 
 
 def case_name(case: Case) -> str:

@@ -52,6 +52,8 @@ INTERPRETED = ("mosaic_gpu", "triton")
 # products run in TF32 on GPUs.
 _TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4, "float32": 1e-3}
 
+_RANK = 64
+
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
@@ -76,6 +78,22 @@ def reference_weight(packed: Packed, case: dict[str, Any]) -> Float32[np.ndarray
     size = case["shape"][0] * case["shape"][1]
     values = CODEBOOKS[case["quant_type"]][np.concatenate([codes >> 4, codes & 15])[:size]]
     return (values * np.repeat(absmax, case["block_size"])[:size]).reshape(case["shape"])
+
+
+def random_epilogue(
+    rng: np.random.Generator, case: dict[str, Any], dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A bias [N] and a low-rank update [M, r], [r, N], as large as the product itself."""
+    rows, n, size = case["rows"], case["shape"][0], 0.05 * case["shape"][1] ** 0.5
+    shapes = ((n,), (rows, _RANK), (_RANK, n))
+    scales = (size, 1.0, size / _RANK**0.5)
+    parts = (rng.standard_normal(s) * c for s, c in zip(shapes, scales, strict=True))
+    return tuple(part.astype(dtype) for part in parts)
+
+
+def _with_epilogue(function: Any, *arguments: Any) -> jax.Array:
+    *product, bias, xa, b = arguments
+    return function(*product, bias=bias, lora=(xa, b))
 
 
 def reference_quantize(
@@ -156,7 +174,7 @@ def check(case: dict[str, Any], *, interpret: bool) -> dict[str, Any]:
     operation, dtype = case["operation"], jnp.dtype(case["dtype"])
     packed = random_packed(case, seed=1)
     static = {"quant_type": case["quant_type"], "block_size": case["block_size"]}
-    rng = np.random.default_rng(2)
+    rng, epilogue = np.random.default_rng(2), ()
     if operation == "quantize":
         x = rng.standard_normal(case["shape"]).astype(np.float32).astype(dtype)
         arguments, wanted = (x,), reference_quantize(x.astype(np.float32), case)
@@ -171,7 +189,13 @@ def check(case: dict[str, Any], *, interpret: bool) -> dict[str, Any]:
             x = rng.standard_normal((case["rows"], factor.shape[0])).astype(dtype)
             arguments = (x, *packed)
             wanted = (x.astype(np.float64) @ factor.astype(np.float64),)
+            if case["epilogue"]:
+                epilogue = random_epilogue(rng, case, dtype)
+                bias, xa, b = (part.astype(np.float64) for part in epilogue)
+                wanted = (wanted[0] + bias + xa @ b,)
     function = bind(operation, case["implementation"], interpret, **static)
+    if epilogue:
+        arguments, function = (*arguments, *epilogue), functools.partial(_with_epilogue, function)
     arguments = jax.tree.map(jnp.asarray, arguments)
     started = time.perf_counter()
     try:

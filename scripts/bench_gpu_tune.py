@@ -21,13 +21,12 @@ from __future__ import annotations
 import json
 import pathlib
 import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bench_gpu_cases as cases
 from bench_gpu_check import APIS
-from bench_workers import ROOT
+from bench_workers import ROOT, WorkerError
 
 FUSED = ("mosaic_gpu", "triton")
 CROSSOVERS = ROOT / "pallas_kernels" / "crossovers.json"
@@ -36,61 +35,82 @@ _MOST_ROWS = 256
 _ROUNDS = 3
 
 
-def tune(suite: Any, worker: Any, facts: dict[str, Any], deadline: float) -> dict[str, Any]:
+class Stopwatch:
+    """Median seconds of cases of ours, compiled several at once."""
+
+    def __init__(self, suite: Any, worker: Any):
+        """Args: suite: the `bench_gpu.Suite`; worker: of scripts/bench_gpu_ours.py."""
+        self._suite, self._worker = suite, worker
+
+    def compile(self, pairs: list[tuple[cases.Case, str]]) -> None:
+        """Compiles pairs of a case and an implementation before they are timed."""
+        self._suite.compile(self._worker, pairs)
+
+    def seconds(self, case: cases.Case, name: str) -> float | None:
+        """The median call; None where the implementation refuses or fails."""
+        row = self._suite.time_case(case, [("ours", name)], {"ours": self._worker})
+        found = row["seconds"].get(name)
+        return statistics.median(found) if found else None
+
+    def default_tiles(self, operation: str, name: str) -> dict[str, Any] | None:
+        """A kernel's tiles as its dataclass has them; None where it has none."""
+        try:
+            question = {"default_tiles": [operation, name]}
+            return self._worker.ask(question, timeout_s=60.0).get("tiles")
+        except WorkerError:
+            return None
+
+
+def tune(suite: Any, worker: Any) -> dict[str, Any]:
     """Crossovers first, then tiles, the goals' cases before the others, until the time is over.
 
     Args:
-        suite: the `bench_gpu.Suite`; its sizes, what failed its checks, and its `time_case`.
+        suite: the `bench_gpu.Suite`: its sizes and facts, what failed, and its `time_case`.
         worker: one that runs scripts/bench_gpu_ours.py.
-        facts: its answer to {"facts": True}.
-        deadline: of `time.monotonic()`.
 
     Returns:
         `crossover`, an entry of crossovers.json, and `tiles`, entries of tiles.json.
     """
-    device = {key: facts.get(key) for key in ("device_kind", "compute_capability")}
-
-    def seconds(case: cases.Case, name: str) -> float | None:
-        row = suite.time_case(case, [("ours", name)], {"ours": worker})
-        found = row["seconds"].get(name)
-        return statistics.median(found) if found else None
-
-    rows, shapes = [], list(suite.sizes.shapes)
-    for shape in shapes:
-        if time.monotonic() > deadline:
-            break
-        rows.append([*shape, crossover(shape, suite, seconds)])
-    tiles = []
+    device = {key: suite.facts["ours"].get(key) for key in ("device_kind", "compute_capability")}
+    watch, rows, tiles = Stopwatch(suite, worker), [], []
+    fused = [
+        name
+        for name in APIS["matmul"].IMPLEMENTATIONS
+        if name in FUSED and ("matmul", name) not in suite.failed
+    ]
+    for shape in suite.sizes.shapes if fused else ():
+        if suite.left() > 0:
+            rows.append([*shape, crossover(shape, fused, watch)])
     for case, name in tile_cases(suite):
-        if time.monotonic() > deadline:
+        if suite.left() < 0:
             break
-        question = {"default_tiles": [case["operation"], name]}
-        start = worker.ask(question, timeout_s=60.0).get("tiles")
-        if start is None:
-            continue
-        found = best_tiles(case, name, start, seconds, deadline)
-        if found is not None:
+        start = watch.default_tiles(case["operation"], name)
+        found = start and best_tiles(case, name, start, watch, suite.left)
+        if found:
             place = {key: case[key] for key in ("operation", "shape", "rows")}
             tiles.append(device | place | {"implementation": name} | found)
     suite.console.print(f"crossovers: {rows}; tiles of {len(tiles)} cases")
     return {"crossover": device | {"rows": rows}, "tiles": tiles}
 
 
-def crossover(shape: tuple[int, int], suite: Any, seconds: Any) -> int:
-    """Up to how many rows some fused product is at least as fast as dequantizing first."""
-    names = [
-        name
-        for name in APIS["matmul"].IMPLEMENTATIONS
-        if name in FUSED and ("matmul", name) not in suite.failed
-    ]
-    best, count = 0, 1
-    while count <= _MOST_ROWS:
-        case = {"operation": "matmul", "shape": list(shape), "rows": count}
-        fused = [time for name in names if (time := seconds(case, name)) is not None]
-        dense = seconds(case, "dequantize")
-        if not fused or dense is None or min(fused) > dense:
-            return best
-        best, count = count, 2 * count
+def crossover(shape: tuple[int, int], fused: list[str], watch: Any) -> int:
+    """Up to how many rows some fused product is at least as fast as dequantizing first.
+
+    Args:
+        shape: of the weight.
+        fused: names of the fused implementations.
+        watch: a `Stopwatch`.
+    """
+    counts = [1 << i for i in range(_MOST_ROWS.bit_length())]
+    trials = [{"operation": "matmul", "shape": list(shape), "rows": count} for count in counts]
+    watch.compile([(case, name) for case in trials for name in (*fused, "dequantize")])
+    best = 0
+    for case in trials:
+        times = [time for name in fused if (time := watch.seconds(case, name)) is not None]
+        dense = watch.seconds(case, "dequantize")
+        if not times or dense is None or min(times) > dense:
+            break
+        best = case["rows"]
     return best
 
 
@@ -118,26 +138,32 @@ def neighbours(tiles: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def best_tiles(
-    case: cases.Case, name: str, start: dict[str, Any], seconds: Any, deadline: float
+    case: cases.Case, name: str, start: dict[str, Any], watch: Any, left: Callable[[], float]
 ) -> dict[str, Any] | None:
-    """The fastest tiles within `_ROUNDS` steps of doubling or halving; None if nothing ran."""
-    default = seconds(case, name)
+    """The fastest tiles within `_ROUNDS` steps of doubling or halving; None if nothing ran.
+
+    Args:
+        case: what is timed.
+        name: of the implementation.
+        start: the first tiles.
+        watch: a `Stopwatch`.
+        left: how many seconds are left; a round that has begun is finished.
+    """
     tried: dict[str, float] = {}
-
-    def measure(tiles: dict[str, Any]) -> float:
-        key = json.dumps(tiles)
-        if key not in tried:
-            tried[key] = seconds(case | {"tiles": tiles}, name) or float("inf")
-        return tried[key]
-
-    best = start
+    best, default = start, watch.seconds(case, name)
     for _ in range(_ROUNDS):
         around = [best, *neighbours(best)]
-        ahead = min(around, key=lambda t: measure(t) if time.monotonic() < deadline else 1e9)
-        if ahead == best:
+        new = [tiles for tiles in around if json.dumps(tiles) not in tried]
+        watch.compile([(case | {"tiles": tiles}, name) for tiles in new])
+        for tiles in new:
+            found = watch.seconds(case | {"tiles": tiles}, name)
+            tried[json.dumps(tiles)] = float("inf") if found is None else found
+        ahead = min(around, key=lambda tiles: tried[json.dumps(tiles)])
+        if ahead == best or left() < 0:
+            best = ahead
             break
         best = ahead
-    least = tried.get(json.dumps(best), float("inf"))
+    least = tried[json.dumps(best)]
     if default is None or least == float("inf"):
         return None
     return {"tiles": best, "seconds": least, "default_seconds": default}

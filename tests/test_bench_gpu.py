@@ -26,6 +26,7 @@ CASE = {
     "dtype": "bfloat16",
     "shape": [130, 192],
     "rows": 0,
+    "epilogue": False,
 }
 
 
@@ -94,6 +95,19 @@ def test_the_reference_agrees_with_the_plain_implementation(load, operation):
     assert answer["verdict"] == "ok", answer
 
 
+def test_a_forgotten_bias_is_found(load, monkeypatch):
+    right, transposed = matmul_api.IMPLEMENTATIONS["xla"]
+    case = CASE | {"operation": "matmul", "rows": 3, "epilogue": True}
+    check = load("bench_gpu_check").check
+    assert check(case, interpret=False)["verdict"] == "ok"
+
+    def wrong(*args, bias=None, lora=None, **static):
+        return right(*args, bias=None, lora=lora, **static)
+
+    monkeypatch.setitem(matmul_api.IMPLEMENTATIONS, "xla", (wrong, transposed))
+    assert check(case, interpret=False)["verdict"] == "wrong"
+
+
 def test_one_wrong_bit_is_found(load, monkeypatch):
     right = dequantize_api.IMPLEMENTATIONS["xla"]
 
@@ -153,7 +167,7 @@ class FakeWorker:
 
 
 def fake_suite(load, **sizes):
-    cases, suite = load("bench_gpu_cases"), load("bench_gpu").Suite
+    cases, suite = load("bench_gpu_cases"), load("bench_gpu_suite").Suite
     sizes = dataclasses.replace(cases.DRY_RUN, **sizes)
     return suite(dry_run=True, rival_python=None, console=Console(quiet=True), sizes=sizes)
 
@@ -235,6 +249,16 @@ def test_goals_are_timed_first_and_nothing_twice(load):
     assert goals < set(names[:20]) and "matmul 1 x (22016x8192)" in names[:20]
 
 
+class FakeStopwatch:
+    """Seconds by a function."""
+
+    def __init__(self, seconds):
+        self.seconds, self.compiled = seconds, []
+
+    def compile(self, pairs):
+        self.compiled += pairs
+
+
 def test_best_tiles_are_found_by_doubling_and_halving(load):
     tune = load("bench_gpu_tune")
 
@@ -244,24 +268,29 @@ def test_best_tiles_are_found_by_doubling_and_halving(load):
             return None  # refused
         return abs(tiles["rows"] - 32) + abs(tiles["stages"] - 4) + 1.0
 
-    found = tune.best_tiles({}, "triton", {"rows": 8, "stages": 2}, seconds, float("inf"))
+    watch, start = FakeStopwatch(seconds), {"rows": 8, "stages": 2}
+    found = tune.best_tiles({}, "triton", start, watch, lambda: 1.0)
     assert found == {
         "tiles": {"rows": 32, "stages": 4},
         "seconds": 1.0,
         "default_seconds": 27.0,
     }
+    tried = [json.dumps(case["tiles"]) for case, _ in watch.compiled]
+    assert len(tried) == len(set(tried)) > 5
+    found = tune.best_tiles({}, "triton", start, watch, lambda: -1.0)
+    assert found["tiles"] == {"rows": 16, "stages": 2}  # the round that had begun, and no more
 
 
 def test_crossovers_are_written_as_devices_reads_them(load, tmp_path, monkeypatch):
-    tune, suite = load("bench_gpu_tune"), fake_suite(load)
-    monkeypatch.setitem(matmul_api.IMPLEMENTATIONS, "triton", None)
+    tune = load("bench_gpu_tune")
     times = {"triton": lambda rows: rows, "dequantize": lambda rows: 20.0}
 
-    def seconds(case, name):
+    def seconds(case, name):  # the other fused kernel refuses everything
         return times[name](case["rows"]) if name in times else None
 
-    rows = tune.crossover((4096, 4096), suite, seconds)
+    rows = tune.crossover((4096, 4096), ["mosaic_gpu", "triton"], FakeStopwatch(seconds))
     assert rows == 16
+    assert tune.crossover((4096, 4096), ["mosaic_gpu"], FakeStopwatch(seconds)) == 0
     kind = {"device_kind": "NVIDIA L4", "compute_capability": "8.9"}
     other = {"device_kind": "NVIDIA A100", "compute_capability": "8.0", "rows": [[8, 64, 3]]}
     path = tmp_path / "crossovers.json"
@@ -304,7 +333,7 @@ def dry_run(load, parts, **sizes):
 
 
 def test_a_reduced_dry_run(load):
-    small = dict(check_shapes=((128, 128),), check_rows=(1,), check_formats=1)
+    small = dict(check_shapes=((128, 128),), check_rows=(1, 2), check_formats=1)
     result = dry_run(load, ["check", "kernels"], shapes=((128, 128),), rows=(1,), **small)
     verdicts = {(row["operation"], row["implementation"]): row for row in result["check"]}
     for operation in ("dequantize", "matmul", "matmul_transposed", "quantize"):
@@ -316,6 +345,39 @@ def test_a_reduced_dry_run(load):
     for row in result["kernels"]["rows"]:
         assert len(row["seconds"]["default"]) == 2 * 2, row["not"]
     assert len(result["goals"]) == 8
+
+
+def test_tuning_writes_what_it_timed(load, monkeypatch):
+    """The whole part with the plain implementation posing as a kernel that has tiles."""
+    tune = load("bench_gpu_tune")
+    monkeypatch.setitem(matmul_api.IMPLEMENTATIONS, "triton", None)
+    monkeypatch.setitem(dequantize_api.IMPLEMENTATIONS, "triton", None)
+
+    def answer(question):
+        if "compile" in question:
+            return {"seconds": 1.0}
+        if "default_tiles" in question:
+            has_tiles = question["default_tiles"] == ["dequantize", "triton"]
+            return {"tiles": {"rows": 4} if has_tiles else None}
+        rows = question["case"].get("tiles", {"rows": 4})["rows"]
+        return {"seconds": [float(rows)], "clock": "kernels", "kernels": []}
+
+    suite = fake_suite(load, shapes=((128, 128),), rows=(1,))
+    suite.facts = {"ours": {"device_kind": "NVIDIA L4", "compute_capability": "8.9"}}
+    suite.failed = {("dequantize", "mosaic_gpu"), ("matmul", "mosaic_gpu")}
+    found = tune.tune(suite, FakeWorker(answer, []))
+    kind = {"device_kind": "NVIDIA L4", "compute_capability": "8.9"}
+    assert found["crossover"] == kind | {"rows": [[128, 128, 256]]}
+    (entry,) = [one for one in found["tiles"] if one["operation"] == "dequantize"]
+    assert entry == kind | {
+        "operation": "dequantize",
+        "implementation": "triton",
+        "shape": [128, 128],
+        "rows": 0,
+        "tiles": {"rows": 1},
+        "seconds": 1.0,
+        "default_seconds": 4.0,
+    }
 
 
 @pytest.mark.slow
