@@ -1,0 +1,308 @@
+"""`x @ W.T` for few rows of `x`, decoding a 4-bit `W` on its way into the tensor cores (Hopper).
+
+At M <= 64 rows the product is bound by reading `W`: half a byte a weight, and about 4.6
+instructions of a lane in the time that takes an H100. So the weight is the operand that `wgmma`
+takes from registers, 64 rows of it, and `x.T` (padded to a multiple of 8 columns) the one in
+shared memory:
+
+    y.T [64 rows of W, M]  +=  W [64 rows, 64 elements] @ x.T [64 elements, M]
+
+A tile of 64 x 64 bytes is two tiles of W, rows `r` (high nibbles) and `r + N/2` (low nibbles),
+with one accumulator each. `mosaic_pairs` tells how bytes become operands. The 64 elements are
+within one block of the format: the operands are bare codebook values in `x.dtype`, and
+
+    y[r] += absmax[r, block] * (codebook[codes[r, 64 elements]] @ x.T)
+
+in float32, which costs `M / 64` multiply-adds a weight and no rounding. Relative to the sum of
+the magnitudes of a row's products, the error is at most that of rounding the codebook once (2**-8
+in bfloat16, 2**-11 in float16) and that of `y` itself, with float32 summation below both.
+
+**Work.** A block of threads has 64 rows of bytes and one of `splits` parts of the columns, its
+`warpgroups` have equal parts of those, each with a ring of `stages` buffers that TMA fills. The
+scales of up to 16 blocks are decoded at a time, from both levels of double quantization, into
+shared memory. The warpgroups' sums are added in shared memory, in order; the splits' by XLA, in
+order, with bias and the low-rank update, in float32 and rounded once. There are no atomic
+additions: every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, UInt8
+
+from pallas_kernels.devices import current_target
+from pallas_kernels.formats import DYNAMIC_MAP
+from pallas_kernels.matmul_4bit.mosaic_pairs import (
+    BYTES,
+    TABLE_SHAPE,
+    TILE,
+    decode_planes,
+    fill_table,
+    pair_table,
+    to_operand_order,
+)
+from pallas_kernels.matmul_4bit.mosaic_scales import Scales, store
+
+MAX_ROWS = 64
+_SMS = 132
+_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a product is cut up.
+
+    Attributes:
+        warpgroups: of a block of threads; each has its own columns and buffers.
+        splits: parts of the columns in different blocks of threads.
+        blocks: tiles of 64 columns that a warpgroup takes from one buffer.
+        stages: buffers of a warpgroup.
+    """
+
+    warpgroups: int = 4
+    splits: int = 1
+    blocks: int = 2
+    stages: int = 2
+
+    def __post_init__(self) -> None:
+        if self.warpgroups not in (2, 4) or min(self.splits, self.blocks, self.stages) < 1:
+            raise ValueError(f"{self} needs 2 or 4 warpgroups and at least 1 of everything else")
+        if self.blocks not in (1, 2):
+            raise ValueError(f"{self.blocks=} must divide any chunk of scales: 1 or 2")
+
+    def steps(self, columns: int) -> int:
+        """Buffers that each warpgroup consumes for so many columns of W."""
+        return -(-columns // (TILE * self.splits * self.warpgroups * self.blocks))
+
+    @classmethod
+    def choose(cls, rows: int, shape: tuple[int, int], cores: int = _SMS) -> Tiles:
+        """The split that gives every core about the same to do.
+
+        Args:
+            rows: of `x`.
+            shape: of W.
+            cores: streaming multiprocessors.
+
+        >>> Tiles.choose(16, (4096, 4096))
+        Tiles(warpgroups=4, splits=4, blocks=2, stages=2)
+        """
+        base = cls(stages=3 if rows <= 8 else 2) if rows <= 16 else cls(warpgroups=2)
+        tiles = -(-shape[0] // 2 // TILE)
+
+        def cost(splits: int) -> float:
+            tiling = dataclasses.replace(base, splits=splits)
+            waves = -(-tiles * splits // cores)
+            # What a block of threads does before its first and after its last step is about four.
+            return waves * (tiling.steps(shape[1]) + 4)
+
+        return dataclasses.replace(base, splits=min(range(1, 17), key=cost))
+
+
+def matmul(
+    x: Float[Array, "m in"],
+    codes: UInt8[Array, " plane"],
+    absmax: Float32[Array, " blocks"] | UInt8[Array, " blocks"],
+    nested_absmax: Float32[Array, " nested"] | None,
+    offset: Float32[Array, ""] | None,
+    *,
+    quant_type: str,
+    block_size: int,
+    shape: tuple[int, int],
+    bias: Float[Array, " out"] | None = None,
+    lora: tuple[Float[Array, "m r"], Float[Array, "r out"]] | None = None,
+    tiles: Tiles | None = None,
+    interpret: bool | plgpu.InterpretGPUParams = False,
+) -> Float[Array, "m out"]:
+    """`x @ W.T + xa @ b + bias` in `x.dtype`, summed in float32 and rounded once.
+
+    Args:
+        x: bfloat16 or float16, at most 64 rows.
+        codes: planar, as `quantize_4bit` makes them.
+        absmax: float32, or uint8 with double quantization.
+        nested_absmax: float32 scales of double quantization, else None.
+        offset: float32 scalar of double quantization, else None.
+        quant_type: as quantized.
+        block_size: as quantized.
+        shape: `(out, in)` of W.
+        bias: of `out` numbers, or None.
+        lora: `(xa, b)` of a low-rank update, or None.
+        tiles: how to cut the work; by default chosen by shape.
+        interpret: whether to run in Pallas's interpreter, on any device.
+
+    Raises:
+        NotImplementedError: for what this kernel does not serve.
+    """
+    check_served(x, shape, block_size, interpret)
+    tiles = tiles or Tiles.choose(x.shape[0], shape, current_target().num_cores or _SMS)
+    parts = _partial_products(
+        x, codes, absmax, nested_absmax, offset, quant_type, block_size, shape, tiles, interpret
+    )
+    y = parts.sum(0).T[: x.shape[0]]
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    if lora is not None:
+        y = y + jnp.matmul(*lora, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+def check_served(
+    x: Float[Array, "m k"], shape: tuple[int, int], block_size: int, interpret: object
+) -> None:
+    """Raises NotImplementedError for input that the kernels of this folder do not serve."""
+    n, k = shape
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"{x.dtype=}: tensor cores take bfloat16 and float16")
+    if not 1 <= x.shape[0] <= MAX_ROWS:
+        raise NotImplementedError(f"{x.shape[0]=} rows: 1 to {MAX_ROWS} are served")
+    if block_size % TILE or k % block_size or k < 2 * block_size:
+        raise NotImplementedError(f"{block_size=} and {k=}: tiles are whole blocks, two at least")
+    if n % 2 or n < 2 * TILE:
+        raise NotImplementedError(f"{n=} rows: an even number from {2 * TILE} on is served")
+    if not interpret and current_target().architecture[0] != 9:
+        raise NotImplementedError(
+            f"compute capability {current_target().compute_capability}: wgmma is sm_90's alone"
+        )
+
+
+def _partial_products(
+    x, codes, absmax, nested_absmax, offset, quant_type, block_size, shape, tiles, interpret
+) -> Float32[Array, "splits out m_padded"]:
+    (m, k), n, dtype = x.shape, shape[0], x.dtype
+    m_padded, half, scale_columns = -(-m // 8) * 8, n // 2, k // block_size
+    steps = tiles.steps(k)
+    k_padded = steps * tiles.blocks * tiles.warpgroups * tiles.splits * TILE
+    x = to_operand_order(jnp.pad(x, ((0, m_padded - m), (0, k_padded - k))))
+    table = jnp.asarray(pair_table(quant_type, dtype))
+    arrays = [x, codes.reshape(half, k), table, absmax.reshape(n, scale_columns)]
+    if nested_absmax is not None:
+        arrays += [jnp.asarray(DYNAMIC_MAP), nested_absmax, offset.reshape(1)]
+    scales = Scales(scale_columns, block_size, nested_absmax is not None, bool(interpret))
+    last_tile = k // TILE - 1
+
+    def kernel(x_gmem, codes_gmem, table_gmem, *refs):
+        *scales_gmem, out_gmem, x_smem, codes_smem, table_smem, scales_smem, sums_smem = refs[:-2]
+        full, meeting = refs[-2:]
+        wg, split = lax.axis_index("wg"), lax.axis_index("split")
+        row = jnp.minimum(lax.axis_index("rows") * TILE, half - TILE)
+        first = (split * tiles.warpgroups + wg) * (steps * tiles.blocks)
+        rows = pl.ds(row, TILE), pl.ds(half + row, TILE)
+
+        def fetch(step, slot):
+            barrier = full.at[wg * tiles.stages + slot]
+            for i in range(tiles.blocks):
+                tile = first + step * tiles.blocks + i
+                # Beyond the last column x is zero, and any finite weight will do.
+                code_columns = pl.ds(jnp.minimum(tile, last_tile) * TILE, TILE)
+                x_tile = x_gmem.at[:, pl.ds(tile * TILE, TILE)]
+                plgpu.copy_gmem_to_smem(x_tile, x_smem.at[wg, slot, i], barrier)
+                code_tile = codes_gmem.at[rows[0], code_columns]
+                plgpu.copy_gmem_to_smem(code_tile, codes_smem.at[wg, slot, i], barrier)
+
+        def product(slot, i):
+            x_tile = x_smem.at[wg, slot, i]
+            with jax.named_scope("decode"):
+                codes = plgpu.load(codes_smem.at[wg, slot, i], layout=BYTES, optimized=False)
+                planes = decode_planes(codes, table_smem, dtype, interpret=bool(interpret))
+            with jax.named_scope("multiply"):
+                if interpret:  # has no wgmma with an operand in registers
+                    return [_multiply_transposed(w, x_tile[...]) for w in planes]
+                accumulator = plgpu.ACC((TILE, m_padded), jnp.float32)
+
+                def multiply(*accumulators):
+                    for w, sums in zip(planes, accumulators, strict=True):
+                        plgpu.wgmma(sums, w, x_tile.transpose((1, 0)))
+                    return tuple(sums[...] for sums in accumulators)
+
+                return pl.run_scoped(multiply, accumulator, accumulator)
+
+        def step(i, totals):
+            slot = lax.rem(i, tiles.stages)
+            tile = first + i * tiles.blocks
+            chunk = scales.chunk // tiles.blocks
+
+            @pl.when(lax.rem(i, chunk) == 0)
+            def _():
+                with jax.named_scope("scales"):
+                    scales.decode(scales_gmem, scales_smem.at[wg], rows, tile)
+
+            chunk_tile = first + (i - lax.rem(i, chunk)) * tiles.blocks
+            plgpu.barrier_wait(full.at[wg * tiles.stages + slot])
+            for j in range(tiles.blocks):
+                column = scales.column(jnp.minimum(tile + j, last_tile), chunk_tile)
+                totals = tuple(
+                    total + _to_columns(scales_smem.at[wg, plane, :, column], m_padded) * sums
+                    for plane, (total, sums) in enumerate(
+                        zip(totals, product(slot, j), strict=True)
+                    )
+                )
+
+            @pl.when(i + tiles.stages < steps)
+            def _():
+                fetch(i + tiles.stages, slot)
+
+            return totals
+
+        with jax.named_scope("prologue"):
+            for i in range(min(tiles.stages, steps)):
+                fetch(i, i)
+            fill_table(table_gmem, table_smem, wg, tiles.warpgroups)
+            plgpu.barrier_arrive(meeting)
+            plgpu.barrier_wait(meeting)
+        zero = plgpu.layout_cast(jnp.zeros((TILE, m_padded), jnp.float32), plgpu.Layout.WGMMA)
+        totals = lax.fori_loop(0, steps, step, (zero, zero))
+        with jax.named_scope("sum_warpgroups"):
+            for plane, total in enumerate(totals):
+                store(sums_smem.at[wg, plane], total)
+            plgpu.barrier_arrive(meeting)
+            plgpu.barrier_wait(meeting)
+
+            @pl.when(wg < 2)
+            def _():
+                parts = [
+                    plgpu.load(sums_smem.at[i, wg], layout=plgpu.Layout.WGMMA, optimized=False)
+                    for i in range(tiles.warpgroups)
+                ]
+                out_gmem[split, pl.ds(wg * half + row, TILE)] = sum(parts[1:], parts[0])
+
+    buffers = tiles.warpgroups, tiles.stages, tiles.blocks
+    swizzled = plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(2 * TILE)
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((tiles.splits, n, m_padded), jnp.float32),
+        scratch_types=[
+            plgpu.SMEM((*buffers, m_padded, TILE), dtype, transforms=swizzled),
+            plgpu.SMEM((*buffers, TILE, TILE), jnp.uint8),
+            plgpu.SMEM(TABLE_SHAPE, jnp.uint32),
+            plgpu.SMEM((tiles.warpgroups, 2, TILE, scales.chunk + 1), jnp.float32),
+            plgpu.SMEM((tiles.warpgroups, 2, TILE, m_padded), jnp.float32),
+            plgpu.Barrier(
+                num_arrivals=2 * tiles.blocks, num_barriers=tiles.warpgroups * tiles.stages
+            ),
+            plgpu.Barrier(num_arrivals=tiles.warpgroups),
+        ],
+        grid=(-(-half // TILE), tiles.splits),
+        grid_names=("rows", "split"),
+        num_threads=tiles.warpgroups,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=_interpret_params(interpret),
+    )(*arrays)
+
+
+def _interpret_params(interpret: bool | plgpu.InterpretGPUParams):
+    return plgpu.InterpretGPUParams() if interpret is True else interpret or None
+
+
+def _multiply_transposed(a, b):
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _to_columns(scales_smem, columns: int):
+    scales = plgpu.load(scales_smem, layout=_ROW, optimized=False)
+    return lax.broadcast_in_dim(scales, (TILE, columns), (0,))
