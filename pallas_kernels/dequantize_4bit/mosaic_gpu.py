@@ -139,7 +139,7 @@ def dequantize(
 
 def interpreter(interpret: bool) -> Any:
     """What `plgpu.kernel` takes as `interpret`."""
-    return plgpu.InterpretGPUParams() if interpret else None
+    return plgpu.InterpretGPUParams(uninitialized_memory="nan") if interpret else None
 
 
 def _kernel(
