@@ -48,29 +48,27 @@ def _byte_planes(quant_type: str, dtype: str, integers: bool) -> np.ndarray:
 
 
 @functools.cache
-def decode_table(quant_type: str, dtype: str, integers: bool = False) -> tuple[int, ...]:
-    """The registers of the look-up as int32, 4 * bytes of dtype of them: four a byte plane.
+def decode_asm(quant_type: str, dtype: str, integers: bool = False) -> str:
+    """PTX that decodes four bytes into four numbers of each plane.
 
     Args:
         quant_type: a key of `CODEBOOKS`.
         dtype: of the numbers: `"float32"`, `"float16"` or `"bfloat16"`.
         integers: leave out the factor `FACTORS[quant_type]`.
-    """
-    return tuple(_byte_planes(quant_type, dtype, integers).view("<i4").reshape(-1).tolist())
-
-
-@functools.cache
-def decode_asm(quant_type: str, dtype: str, integers: bool = False) -> str:
-    """PTX that decodes four bytes into four numbers of each plane; arguments as `decode_table`.
 
     Returns:
         Statements over `$0`, `$1`, ... Results come first, those of the first plane before those
-        of the second; then the register of codes; then four copies of each word of the table
-        (an operand for each of the four elements, though they are the same).
+        of the second; the last operand is the register of codes.
     """
     planes = _byte_planes(quant_type, dtype, integers)
     results = 2 * len(planes)
-    lines = [
+    # A zero that the assembler does not know: no lane has 32 lanes below it. What it knows for
+    # constants it moves into registers again at every use, because `prmt` takes but one of them.
+    lines = ["mov.u32 z, %lanemask_lt;", "shr.u32 z, z, 31;"]
+    for p, table in enumerate(planes):
+        for i, word in enumerate(table.view("<u4").tolist()):
+            lines.append(f"xor.b32 t{4 * p + i}, z, {word:#x};")
+    lines += [
         f"and.b32 s0, ${results}, 0x77777777;",
         f"shr.u32 m0, ${results}, 1;",
         "lop3.b32 m0, m0, 0x44444444, 0x32103210, 0xEA;",  # (a & b) | c
@@ -84,7 +82,7 @@ def decode_asm(quant_type: str, dtype: str, integers: bool = False) -> str:
             if (table == table[0]).all():
                 names.append(hex(int(table[0]) * 0x01010101))
                 continue
-            words = [f"${results + 1 + 4 * (4 * p + i)}" for i in range(4)]
+            words = [f"t{4 * p + i}" for i in range(4)]
             names.append(f"q{p}{half}")
             lines.append(f"prmt.b32 a, {words[0]}, {words[1]}, s{half};")
             lines.append(f"prmt.b32 b, {words[2]}, {words[3]}, s{half};")
@@ -98,72 +96,33 @@ def decode_asm(quant_type: str, dtype: str, integers: bool = False) -> str:
             lines.append(f"prmt.b32 v, {names[2]}, {names[3]}, {selector};")
             lines.append(f"prmt.b32 ${2 * half + pair}, u, v, 0x7632;")
             lines.append(f"prmt.b32 ${4 + 2 * half + pair}, u, v, 0x5410;")
-    names = ("s0, s1, m0, m1, a, b, u, v", *(f"q{p}{h}" for p in range(4) for h in "01"))
+    names = ["s0, s1, m0, m1, a, b, u, v, z"]
+    names += [f"q{p}{h}" for p in range(4) for h in "01"] + [f"t{i}" for i in range(16)]
     return "\n".join(("{", f".reg .b32 {', '.join(names)};", *lines, "}"))
 
 
 @jit
-def _registers(t: tl.constexpr, FIRST: tl.constexpr, zero):
-    return (
-        zero ^ t[FIRST],
-        zero ^ t[FIRST + 1],
-        zero ^ t[FIRST + 2],
-        zero ^ t[FIRST + 3],
-        zero ^ t[FIRST + 4],
-        zero ^ t[FIRST + 5],
-        zero ^ t[FIRST + 6],
-        zero ^ t[FIRST + 7],
-    )
-
-
-@jit
-def table_registers(TABLE: tl.constexpr, FIRST: tl.constexpr):
-    """Eight words of the table from `FIRST` on, in registers; call it outside of loops."""
-    # A zero that the compiler does not know: no lane has the 32nd lane below itself. It takes
-    # known words for constants and moves them into registers again at every use.
-    zero = tl.inline_asm_elementwise(
-        "mov.u32 $0, %lanemask_lt; shr.u32 $0, $0, 31;",
-        "=r,r",
-        [tl.program_id(0)],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
-    return _registers(TABLE, FIRST, zero)
-
-
-@jit
-def decode_16(codes, t, ASM: tl.constexpr, DTYPE: tl.constexpr):
+def decode_16(codes, ASM: tl.constexpr, DTYPE: tl.constexpr):
     """Both planes of a block of bytes as 16-bit numbers: first (high nibbles), second (low)."""
-    REGISTERS: tl.constexpr = "=r," * 4 + "r" + ",r" * 32
-    words = [codes, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]]
+    REGISTERS: tl.constexpr = "=r,=r,=r,=r,r"
     if DTYPE == tl.bfloat16:
         planes = tl.inline_asm_elementwise(
-            ASM, REGISTERS, words, dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            ASM, REGISTERS, [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     else:
         planes = tl.inline_asm_elementwise(
-            ASM, REGISTERS, words, dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            ASM, REGISTERS, [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     return planes
 
 
 @jit
-def decode_32(codes, t, u, ASM: tl.constexpr):
-    """Both planes of a block of bytes as float32; `t` and `u` are the halves of the table."""
-    REGISTERS: tl.constexpr = "=r," * 8 + "r" + ",r" * 64
+def decode_32(codes, ASM: tl.constexpr):
+    """Both planes of a block of bytes as float32: first (high nibbles), second (low)."""
+    REGISTERS: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r"
     return tl.inline_asm_elementwise(
-        ASM,
-        REGISTERS,
-        [
-            codes,
-            t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7],
-            u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7],
-        ],
-        dtype=(tl.float32, tl.float32),
-        is_pure=True,
-        pack=4,
-    )  # fmt: skip
+        ASM, REGISTERS, [codes], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+    )
 
 
 @jit
@@ -175,15 +134,24 @@ def multiply(a, b):
 
 
 @jit
-def load_scales(
-    absmax_ptr, map_ptr, nested_ptr, offset_ptr, index, mask, DOUBLE_QUANT: tl.constexpr
-):
-    """absmax of the blocks `index`, float32; undoes double quantization as the format says."""
+def load_scales(absmax_ptr, map_ptr, nested, offset, index, DOUBLE_QUANT: tl.constexpr):
+    """absmax of the blocks `index`, float32; undoes double quantization as the format says.
+
+    `nested` is the blocks' nested absmax and `offset` the scalar, both loaded before.
+    """
     if DOUBLE_QUANT:
-        code = tl.load(absmax_ptr + index, mask=mask, other=0).to(tl.int32)
-        value = tl.load(map_ptr + code, mask=mask, other=0.0)
-        nested = tl.load(nested_ptr + index // 256, mask=mask, other=0.0)
-        scales = multiply(value, nested) + tl.load(offset_ptr)
+        code = tl.load(absmax_ptr + index).to(tl.uint32)
+        scales = multiply(tl.load(map_ptr + code), nested) + offset
     else:
-        scales = tl.load(absmax_ptr + index, mask=mask, other=0.0)
+        scales = tl.load(absmax_ptr + index)
     return scales
+
+
+@jit
+def load_nested(nested_ptr, index, DOUBLE_QUANT: tl.constexpr):
+    """nested absmax of the blocks `index`; 0 without double quantization."""
+    if DOUBLE_QUANT:
+        nested = tl.load(nested_ptr + (index >> 8))
+    else:
+        nested = 0.0
+    return nested

@@ -116,9 +116,12 @@ def _patched() -> Iterator[None]:
     original = JITFunction.__call__
     JITFunction.__call__ = lambda self, *args, **kwargs: _rewritten(self)(*args, **kwargs)
     vars(builder).update(methods)
+    # Functions of Triton's own library reach the language by another module than kernels do.
+    scope = interpreter._patch_lang(tl.standard.zeros.fn)
     try:
         yield
     finally:
+        scope.restore()
         JITFunction.__call__ = original
         for name in methods:
             del vars(builder)[name]
@@ -222,7 +225,7 @@ def _flush(x: np.ndarray) -> np.ndarray:
 _PTX: dict[str, Callable] = {
     "mov.u32": lambda a: a,
     "and.b32": lambda a, b: a & b,
-    "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
     "shr.u32": lambda a, b: a >> b,
     "shl.b32": lambda a, b: a << b,
     "lop3.b32": _lop3,

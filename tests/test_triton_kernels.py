@@ -15,6 +15,7 @@ import pallas_kernels as pk
 from pallas_kernels import formats, triton_call
 from pallas_kernels.dequantize_4bit import triton as dequantize_triton
 from pallas_kernels.dequantize_4bit import xla as dequantize_xla
+from pallas_kernels.matmul_4bit import triton as matmul_triton
 from pallas_kernels.quantize_4bit import triton as quantize_triton
 from pallas_kernels.quantize_4bit import xla as quantize_xla
 from pallas_kernels.triton_report import compile_launches
@@ -118,28 +119,166 @@ def test_every_code_comes_back():
         np.testing.assert_array_equal(np.asarray(got), values)
 
 
-def compiled(operation, target):
+def normal(shape, dtype, seed):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def dense(weight, shape, **static):
+    """The weight that the codes mean, in float64."""
+    w = dequantize_xla.dequantize(*weight, **static, shape=shape, dtype=jnp.dtype("float32"))
+    return np.asarray(w, np.float64)
+
+
+def assert_near(got, terms):
+    """Within the rounding of the weights and of the result, and of sums of that length in float32.
+
+    Args:
+        got: the result.
+        terms: pairs of float64 matrices; the result is the sum of their products.
+    """
+    expected = sum(a @ b for a, b in terms)
+    size = sum(np.abs(a) @ np.abs(b) for a, b in terms)
+    length = sum(a.shape[1] for a, _ in terms)
+    eps = float(jnp.finfo(got.dtype).eps)
+    error = np.abs(np.asarray(got, np.float64) - expected)
+    assert (error <= (eps + length * 2.0**-24) * size).all(), (error / size / eps).max()
+
+
+# Rows of x, (out, in), block size. K = 64 * odd; N not a multiple of the tile; one row and many.
+MATMUL_SHAPES = (
+    (1, (64, 1024), 64),
+    (1, (70, 64 * 19), 64),
+    (3, (34, 32 * 7), 32),
+    (7, (66, 128 * 5), 128),
+    (16, (2, 64), 64),
+    (17, (96, 512), 256),
+    (64, (38, 64 * 3), 64),
+    (5, (32, 4096), 4096),
+)
+MATMUL_CASES = [
+    *(("nf4", "bfloat16", True, *s) for s in MATMUL_SHAPES),
+    *((t, "float16", d, *MATMUL_SHAPES[1]) for t in TYPES for d in (False, True)),
+    *((t, "bfloat16", False, *MATMUL_SHAPES[6]) for t in ("fp4", "int4")),
+]
+
+
+def matmul_inputs(quant_type, dtype, double_quant, m, shape, block_size):
+    weight = packed(shape, quant_type, block_size, double_quant)
+    static = dict(quant_type=quant_type, block_size=block_size)
+    n, k = shape
+    bias, lora = normal(n, dtype, 3), (normal((m, 24), dtype, 4), normal((24, n), dtype, 5))
+    return normal((m, k), dtype, 1), normal((m, n), dtype, 2), weight, static, bias, lora
+
+
+@needs_triton
+@pytest.mark.parametrize("quant_type, dtype, double_quant, m, shape, block_size", MATMUL_CASES)
+def test_products_are_near_their_meaning(quant_type, dtype, double_quant, m, shape, block_size):
+    case = (quant_type, dtype, double_quant, m, shape, block_size)
+    x, g, weight, static, bias, lora = matmul_inputs(*case)
+    w = dense(weight, shape, **static)
+    options = dict(**static, shape=shape, interpret=True)
+    y = matmul_triton.matmul(x, *weight, **options)
+    assert y.dtype == x.dtype and y.shape == (m, shape[0])
+    x64, g64 = np.asarray(x, np.float64), np.asarray(g, np.float64)
+    assert_near(y, [(x64, w.T)])
+    y = matmul_triton.matmul(x, *weight, **options, bias=bias, lora=lora)
+    low_rank = [np.asarray(a, np.float64) for a in lora]
+    one = (np.ones((m, 1)), np.asarray(bias, np.float64)[None, :])
+    assert_near(y, [(x64, w.T), low_rank, one])
+    dx = matmul_triton.matmul_transposed(g, *weight, **options)
+    assert dx.dtype == g.dtype and dx.shape == x.shape
+    assert_near(dx, [(g64, w)])
+
+
+@needs_triton
+@pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.parametrize("m, shape, block_size", MATMUL_SHAPES[:4])
+def test_rows_without_tensor_cores_are_near_their_meaning(quant_type, m, shape, block_size):
+    case = (quant_type, "float16", True, m, shape, block_size)
+    x, _, weight, static, bias, lora = matmul_inputs(*case)
+    options = dict(**static, shape=shape, bias=bias, lora=lora, interpret=True)
+    y = matmul_triton.matmul(x, *weight, **options, compute_capability=75)
+    x64 = np.asarray(x, np.float64)
+    one = (np.ones((m, 1)), np.asarray(bias, np.float64)[None, :])
+    low_rank = [np.asarray(a, np.float64) for a in lora]
+    assert_near(y, [(x64, dense(weight, shape, **static).T), low_rank, one])
+
+
+@needs_triton
+def test_products_split_over_programs_add_up_the_same_every_time():
+    x, g, weight, static, bias, lora = matmul_inputs("nf4", "bfloat16", True, 2, (64, 64 * 11), 64)
+    tiles = matmul_triton.Tiles(warps=2, splits=3, num_stages=2)
+    options = dict(**static, shape=(64, 64 * 11), interpret=True, tiles=tiles)
+    w = dense(weight, (64, 64 * 11), **static)
+    first = matmul_triton.matmul(x, *weight, **options, bias=bias, lora=lora)
+    one = (np.ones((2, 1)), np.asarray(bias, np.float64)[None, :])
+    low_rank = [np.asarray(a, np.float64) for a in lora]
+    assert_near(first, [(np.asarray(x, np.float64), w.T), low_rank, one])
+    assert_same_bits(matmul_triton.matmul(x, *weight, **options, bias=bias, lora=lora), first)
+    dx = matmul_triton.matmul_transposed(g, *weight, **options)
+    assert_near(dx, [(np.asarray(g, np.float64), w)])
+
+
+def compiled(operation, target, shape=(4096, 4096), m=1, quant_type="nf4"):
     """Launches of an operation at a LLaMA shape in the dtype that the target knows."""
     dtype = jnp.dtype("float16" if target < 80 else "bfloat16")
-    static = dict(quant_type="nf4", block_size=64)
-    shape = (4096, 4096)
+    static = dict(quant_type=quant_type, block_size=64)
+    if operation == "quantize":
+        call = functools.partial(quantize_triton.quantize, **static)
+        return compile_launches(call, jax.ShapeDtypeStruct(shape, dtype), compute_capability=target)
     if operation == "dequantize":
         call = functools.partial(dequantize_triton.dequantize, **static, shape=shape, dtype=dtype)
         return compile_launches(call, *abstract(shape), compute_capability=target)
-    call = functools.partial(quantize_triton.quantize, **static)
-    return compile_launches(call, jax.ShapeDtypeStruct(shape, dtype), compute_capability=target)
+    call = functools.partial(getattr(matmul_triton, operation), **static, shape=shape)
+    x = jax.ShapeDtypeStruct((m, shape[operation == "matmul"]), dtype)
+    return compile_launches(call, x, *abstract(shape), compute_capability=target)
 
 
 @needs_triton
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("operation", ("dequantize", "quantize"))
+@pytest.mark.parametrize("operation", ("dequantize", "quantize", "matmul"))
 def test_compiles_without_spills(operation, target):
-    launches = compiled(operation, target)
-    assert len(launches) == 1
-    for launch in launches:
-        assert launch.spill_bytes == 0
-        assert f".target sm_{target}" in launch.ptx
-        assert launch.instructions()["EXIT"] >= 1
+    (launch,) = compiled(operation, target)
+    assert launch.spill_bytes == 0
+    assert f".target sm_{target}" in launch.ptx
+    assert launch.instructions()["EXIT"] >= 1
+
+
+@needs_triton
+@pytest.mark.parametrize("target", (80, 90))
+@pytest.mark.parametrize("operation", ("matmul", "matmul_transposed"))
+@pytest.mark.parametrize("m", (1, 16, 64))
+def test_products_use_tensor_cores_without_spills(operation, target, m):
+    (launch,) = compiled(operation, target, m=m, shape=(11008, 4096))
+    opcodes = launch.instructions()
+    assert opcodes["HMMA"] > 0 and launch.spill_bytes == 0
+    # The least that a program may have: sm_86 and sm_89.
+    assert launch.shared_bytes <= 99 * 1024
+
+
+@needs_triton
+@pytest.mark.parametrize("target", (80, 89, 90))
+def test_one_row_costs_few_instructions(target):
+    """The main loop at M = 1, double quantization included; an H100's memory allows about 4.6."""
+    (launch,) = compiled("matmul", target)
+    tiles = matmul_triton.Tiles.of(1, 4096, 4096)
+    weights_of_a_thread = 2 * tiles.rows * 4096 // (32 * tiles.warps)
+    steps = 4096 // (64 * tiles.warps)
+    assert longest_loop(launch.sass) * steps / weights_of_a_thread < 4.8
+
+
+def longest_loop(sass):
+    """Instructions between a label and a branch back to it, of the longest such loop."""
+    places, count, longest = {}, 0, 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            places[label[1]] = count
+        if re.search(r"/\*[0-9a-f]{4}\*/", line):
+            count += 1
+        branch = re.search(r"BRA.*?(\.L_\w+)", line)
+        if branch and branch[1] in places:
+            longest = max(longest, count - places[branch[1]])
+    return longest
 
 
 @needs_triton
@@ -156,15 +295,10 @@ def test_nested_absmax_is_rounded_twice(target):
 def test_lowers_through_jax():
     """The call holds one Triton kernel, and JAX's runtime makes its machine code."""
     shape = (64, 128)
-    call = functools.partial(
-        dequantize_triton.dequantize,
-        quant_type="nf4",
-        block_size=64,
-        shape=shape,
-        dtype=jnp.bfloat16,
-        compute_capability=90,
-    )
-    traced = jax.jit(call).trace(*abstract(shape))
+    static = dict(quant_type="nf4", block_size=64, shape=shape, compute_capability=90)
+    matmul = functools.partial(matmul_triton.matmul, **static)
+    x = jax.ShapeDtypeStruct((3, 128), jnp.bfloat16)
+    traced = jax.jit(matmul).trace(x, *abstract(shape))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"custom_call @triton_kernel_call_ffi", text)) == 1
 
@@ -182,6 +316,21 @@ def test_refuses_what_it_does_not_serve():
         call(dtype=jnp.float16)  # the tests' device is a CPU
     with pytest.raises(NotImplementedError, match="int32"):
         quantize_triton.quantize(jnp.zeros(4, jnp.int32), **static, interpret=True)
+
+    def matmul(x, shape=(8, 64), **options):
+        matmul_triton.matmul(x, *weight, **static, shape=shape, interpret=True, **options)
+
+    x = jnp.zeros((1, 64), jnp.float16)
+    with pytest.raises(NotImplementedError, match="float32"):
+        matmul(x.astype(jnp.float32))
+    with pytest.raises(NotImplementedError, match="65"):
+        matmul(jnp.zeros((65, 64), jnp.float16))
+    with pytest.raises(NotImplementedError, match=r"\(7, 64\)"):
+        matmul(x, shape=(7, 64))
+    with pytest.raises(NotImplementedError, match=r"\(8, 96\)"):
+        matmul(x, shape=(8, 96))
+    with pytest.raises(NotImplementedError, match="8 rows"):
+        matmul(jnp.zeros((9, 64), jnp.float16), compute_capability=75)
 
 
 def test_imports_without_triton():

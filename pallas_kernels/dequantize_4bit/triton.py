@@ -23,10 +23,9 @@ from pallas_kernels.triton_call import jit, launch, resolve_target, tl
 from pallas_kernels.triton_decode import (
     decode_32,
     decode_asm,
-    decode_table,
+    load_nested,
     load_scales,
     multiply,
-    table_registers,
 )
 
 
@@ -65,39 +64,37 @@ def _dequantize_kernel(
     TILES: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     ASM: tl.constexpr,
-    TABLE: tl.constexpr,
 ):
     SEGMENTS: tl.constexpr = PLANE // SEGMENT
     PER_BLOCK: tl.constexpr = BLOCK_SIZE // SEGMENT
     HALF: tl.constexpr = PLANE // BLOCK_SIZE
     BLOCKS: tl.constexpr = (SIZE + BLOCK_SIZE - 1) // BLOCK_SIZE
     column = tl.arange(0, SEGMENT)[None, :]
-    table = table_registers(TABLE, 0)
-    rest = table_registers(TABLE, 8)
+    offset = tl.load(offset_ptr)
     for tile in tl.static_range(TILES):
         segment = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        inside = segment < SEGMENTS
-        block = segment // PER_BLOCK
-        upper = inside & (block + HALF < BLOCKS)
         position = segment.to(tl.int64)[:, None] * SEGMENT + column
-        codes = tl.load(codes_ptr + position, mask=inside[:, None], other=0)
-        first, second = decode_32(codes, table, rest, ASM)
-        scale = load_scales(
-            absmax_ptr, map_ptr, nested_ptr, offset_ptr, block, inside, DOUBLE_QUANT
-        )
+        # What lies outside reads the last segment, which costs no mask; it is not stored.
+        inside = (segment < SEGMENTS)[:, None]
+        segment = tl.minimum(segment, SEGMENTS - 1)
+        codes = tl.load(codes_ptr + segment.to(tl.int64)[:, None] * SEGMENT + column)
+        first, second = decode_32(codes, ASM)
+        block = segment // PER_BLOCK
+        nested = load_nested(nested_ptr, block, DOUBLE_QUANT)
+        scale = load_scales(absmax_ptr, map_ptr, nested, offset, block, DOUBLE_QUANT)
         first = multiply(first, scale[:, None]).to(out_ptr.dtype.element_ty)
         if SIZE >= PLANE:
-            tl.store(out_ptr + position, first, mask=inside[:, None])
+            tl.store(out_ptr + position, first, mask=inside)
         else:  # a single block, and a short one
             tl.store(out_ptr + position, first, mask=position < SIZE)
-        scale = load_scales(
-            absmax_ptr, map_ptr, nested_ptr, offset_ptr, block + HALF, upper, DOUBLE_QUANT
-        )
+        block = tl.minimum(block + HALF, BLOCKS - 1)
+        nested = load_nested(nested_ptr, block, DOUBLE_QUANT)
+        scale = load_scales(absmax_ptr, map_ptr, nested, offset, block, DOUBLE_QUANT)
         second = multiply(second, scale[:, None]).to(out_ptr.dtype.element_ty)
         if SIZE == 2 * PLANE:
-            tl.store(out_ptr + PLANE + position, second, mask=inside[:, None])
+            tl.store(out_ptr + PLANE + position, second, mask=inside)
         else:
-            tl.store(out_ptr + PLANE + position, second, mask=position + PLANE < SIZE)
+            tl.store(out_ptr + PLANE + position, second, mask=inside & (position + PLANE < SIZE))
 
 
 def dequantize(
@@ -162,6 +159,5 @@ def dequantize(
         TILES=tiles.tiles,
         DOUBLE_QUANT=nested_absmax is not None,
         ASM=decode_asm(quant_type, "float32"),
-        TABLE=decode_table(quant_type, "float32"),
     )
     return out
