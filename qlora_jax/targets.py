@@ -232,12 +232,20 @@ def _place(leaf: Any) -> Any:
     """The leaf without its values, on this machine's CPU."""
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         return leaf
-    sharding = jax.sharding.SingleDeviceSharding(
-        jax.local_devices(backend="cpu")[0],
-        memory_kind=getattr(getattr(leaf, "sharding", None), "memory_kind", None),
-    )
+    memory_kind = getattr(getattr(leaf, "sharding", None), "memory_kind", None)
+    sharding = jax.sharding.SingleDeviceSharding(_cpu(), memory_kind=memory_kind)
     weak_type = getattr(leaf, "weak_type", False)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak_type)
+
+
+def _cpu() -> jax.Device:
+    platforms = jax.config.jax_platforms
+    if platforms and "cpu" not in platforms.split(","):
+        raise TargetError(
+            "compiling for a GPU that is not there goes over the CPU, which "
+            f"JAX_PLATFORMS={platforms} leaves out; use JAX_PLATFORMS={platforms},cpu"
+        )
+    return jax.local_devices(backend="cpu")[0]
 
 
 def compile_lowered(

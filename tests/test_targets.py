@@ -78,6 +78,16 @@ def test_without_the_plugin_it_says_what_to_install(monkeypatch):
         compile_for(jnp.sin, MATRIX)
 
 
+def test_where_the_cpu_is_left_out_it_says_so():
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "cuda")
+    try:
+        with pytest.raises(TargetError, match="use JAX_PLATFORMS=cuda,cpu"):
+            compile_for(jnp.sin, MATRIX)
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
 @needs_cuda_wheels
 def test_the_memory_plan_counts_arguments_outputs_and_what_they_share():
     def update(p, m):
