@@ -53,8 +53,13 @@ def numbers(shape, dtype, seed=0):
 @functools.cache
 def packed(shape, quant_type, block_size, double_quant, seed=0):
     x = numbers(shape, "float32", seed)
-    codes, absmax = pk.quantize_4bit(x, quant_type=quant_type, block_size=block_size)
-    return (codes, *pk.quantize_absmax(absmax)) if double_quant else (codes, absmax, None, None)
+
+    @jax.jit
+    def pack(x):
+        codes, absmax = pk.quantize_4bit(x, quant_type=quant_type, block_size=block_size)
+        return (codes, *pk.quantize_absmax(absmax)) if double_quant else (codes, absmax, None, None)
+
+    return pack(x)
 
 
 def abstract(shape, *, block_size=64, double_quant=True):
@@ -82,7 +87,7 @@ DEQUANTIZE_CASES = [
 def test_dequantize_equals_xla_to_the_bit(quant_type, dtype, shape, block_size, double_quant):
     weight = packed(shape, quant_type, block_size, double_quant)
     static = dict(quant_type=quant_type, block_size=block_size, shape=shape, dtype=jnp.dtype(dtype))
-    expected = dequantize_xla.dequantize(*weight, **static)
+    expected = jax.jit(functools.partial(dequantize_xla.dequantize, **static))(*weight)
     # The interpreter starts with NaN in the result: what is not written differs.
     assert_same_bits(dequantize_triton.dequantize(*weight, **static, interpret=True), expected)
 
@@ -100,7 +105,7 @@ def test_quantize_equals_xla_to_the_bit(quant_type, dtype, shape, block_size):
     x = numbers(shape, dtype)
     static = dict(quant_type=quant_type, block_size=block_size)
     codes, absmax = quantize_triton.quantize(x, **static, interpret=True)
-    expected = quantize_xla.quantize(x, **static)
+    expected = jax.jit(functools.partial(quantize_xla.quantize, **static))(x)
     assert_same_bits(codes, expected[0])
     assert_same_bits(absmax, expected[1])
 
@@ -125,7 +130,8 @@ def normal(shape, dtype, seed):
 
 def dense(weight, shape, **static):
     """The weight that the codes mean, in float64."""
-    w = dequantize_xla.dequantize(*weight, **static, shape=shape, dtype=jnp.dtype("float32"))
+    static |= dict(shape=shape, dtype=jnp.dtype("float32"))
+    w = jax.jit(functools.partial(dequantize_xla.dequantize, **static))(*weight)
     return np.asarray(w, np.float64)
 
 
