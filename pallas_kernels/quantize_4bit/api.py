@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from pallas_kernels import devices
 from pallas_kernels.formats import check_format
-from pallas_kernels.quantize_4bit import xla
+from pallas_kernels.quantize_4bit import mosaic_gpu, triton, xla
 
 IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.quantize,
+    "triton": triton.quantize,
     "xla": xla.quantize,
 }
 
