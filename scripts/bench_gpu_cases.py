@@ -91,8 +91,8 @@ FULL = Sizes(
     length=2048,
     rank=64,
     loss_chunk=256,
-    steps=5,
-    step_warm_up=2,
+    steps=4,
+    step_warm_up=1,
     prompt=128,
     new_tokens=(16, 128),
 )

@@ -52,23 +52,48 @@ def main() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def random_model(sizes: cases.Sizes, dtype: np.dtype) -> Llama:
-    """A 4-bit Llama (NF4, double quantization) of random codes, scales and embeddings."""
+def abstract_model(sizes: cases.Sizes, dtype: np.dtype) -> Llama:
+    """A 4-bit Llama (NF4, double quantization) without values."""
     shape = dict(sizes.model)
     shape["head_dim"] = shape["hidden_size"] // shape["num_attention_heads"]
     model = nnx.eval_shape(
         lambda: Llama(LlamaConfig(**shape), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
     )
-    model = quantize_model(model, quant_type="nf4", block_size=64, double_quant=True)
-    key = jax.random.key(0)
+    return quantize_model(model, quant_type="nf4", block_size=64, double_quant=True)
+
+
+def random_model(sizes: cases.Sizes, dtype: np.dtype) -> Llama:
+    """`abstract_model` with random codes, scales and embeddings."""
+    model = abstract_model(sizes, dtype)
     for index, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(model))):
-        fold = jax.random.fold_in(key, index)
+        key = jax.random.fold_in(jax.random.key(0), index)
         value = variable.get_value()
         if is_quantized(value):
-            variable.set_value(_random_packed(fold, value))
+            variable.set_value(_random_packed(key, value))
         else:
             center = 1.0 if path[-1] == "scale" else 0.0
-            variable.set_value(_normal(fold, center, value.shape, value.dtype))
+            variable.set_value(_normal(key, center, value.shape, value.dtype))
+    return model
+
+
+def adapted_model(base: Llama, settings: Any, remat: str) -> Llama:
+    """The base, whose arrays are shared, with new adapters, in training mode.
+
+    Args:
+        base: from `abstract_model` or `random_model`.
+        settings: a whole configuration.
+        remat: what `config.model.remat` may be.
+    """
+    model = apply_qlora(
+        base,
+        where=settings.lora.where,
+        rank=settings.lora.rank,
+        alpha=settings.lora.alpha,
+        lora_dtype=jnp.dtype(settings.lora.dtype),
+        rngs=nnx.Rngs(settings.seed),
+    )
+    model.remat = remat
+    model.train()
     return model
 
 
@@ -130,16 +155,7 @@ class StepBench:
 
     def _train(self, setting: str) -> dict[str, Any]:
         sizes, settings = self._sizes, self._settings
-        model = apply_qlora(
-            self._base,
-            where=settings.lora.where,
-            rank=settings.lora.rank,
-            alpha=settings.lora.alpha,
-            lora_dtype=jnp.dtype(settings.lora.dtype),
-            rngs=nnx.Rngs(settings.seed),
-        )
-        model.remat = setting
-        model.train()
+        model = adapted_model(self._base, settings, setting)
         graphdef, lora, frozen = split_model(model)
         tx, _ = build_optimizer(settings, total_steps=1000)
         state = init_state(lora, tx, settings.seed)

@@ -323,7 +323,7 @@ def dry_run(load, parts, **sizes):
         parts=parts,
         dry_run=True,
         rival_python=None,
-        budget_s=None,
+        budget_s=1200.0,  # the machine may be busy
         console=Console(quiet=True),
         save=lambda found: saved.append(json.loads(json.dumps(found))),
         sizes=sizes,
@@ -343,7 +343,7 @@ def test_a_reduced_dry_run(load):
     timed_cases = [row["case"]["operation"] for row in result["kernels"]["rows"]]
     assert sorted(timed_cases) == ["dequantize", "matmul", "matmul_transposed", "quantize"]
     for row in result["kernels"]["rows"]:
-        assert len(row["seconds"]["default"]) == 2 * 2, row["not"]
+        assert len(row["seconds"].get("default", [])) == 2 * 2, row["not"]
     assert len(result["goals"]) == 8
 
 
@@ -383,11 +383,10 @@ def test_tuning_writes_what_it_timed(load, monkeypatch):
 @pytest.mark.slow
 def test_a_dry_run_of_whole_steps(load):
     steps = dry_run(load, ["steps"])["steps"]
-    assert list(steps) == [f"ours {q}" for q in ("decode", "train full", "train none")] + [
-        "ours train projections"
-    ]
+    trainings = [f"ours train {remat}" for remat in ("full", "projections", "none")]
+    assert list(steps) == ["ours decode", *trainings]
     for name, answer in steps.items():
         assert "error" not in answer, (name, answer)
     assert steps["ours train full"]["losses"] == pytest.approx(steps["ours train none"]["losses"])
-    full, none = (steps[f"ours train {remat}"]["predicted_bytes"] for remat in ("full", "none"))
-    assert 0 < full < none
+    predicted = [steps[name]["predicted_bytes"] for name in trainings]
+    assert 0 < predicted[0] < predicted[1] < predicted[2]
