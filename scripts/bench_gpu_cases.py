@@ -75,9 +75,9 @@ FULL = Sizes(
     check_shapes=((130, 192), (4098, 4032), (4096, 4096)),
     check_rows=(1, 3, 16, 64, 300),
     check_formats=7,
-    calls=20,
+    calls=25,
     warm_up=3,
-    turns=3,
+    turns=2,
     model=dict(
         vocab_size=32000,
         hidden_size=4096,
@@ -200,20 +200,17 @@ def split_kernels(kernels: list[tuple[str, float]], calls: int) -> dict[str, Any
 
     Args:
         kernels: name and seconds of each.
-        calls: that launched them, each the same ones; if their number says otherwise, there is
-            only one sample, the mean of all calls.
+        calls: that launched them, each the same ones; if that is not so, there is only one
+            sample, the mean of all calls.
 
     >>> split_kernels([("scale", 1.0), ("product", 2.0), ("scale", 1.0), ("product", 4.0)], 2)
     {'seconds': [3.0, 5.0], 'clock': 'kernels', 'kernels': ['scale', 'product']}
     """
     each, odd = divmod(len(kernels), calls)
-    if odd or not each:
-        names = sorted({name[:80] for name, _ in kernels})
-        mean = sum(seconds for _, seconds in kernels) / calls
-        return {"seconds": [mean], "clock": "kernels", "kernels": names}
-    starts = range(0, len(kernels), each)
-    return {
-        "seconds": [sum(seconds for _, seconds in kernels[i : i + each]) for i in starts],
-        "clock": "kernels",
-        "kernels": [name[:80] for name, _ in kernels[:each]],
-    }
+    names = [name[:80] for name, _ in kernels]
+    if not odd and each and names == names[:each] * calls:
+        starts = range(0, len(kernels), each)
+        seconds = [sum(time for _, time in kernels[i : i + each]) for i in starts]
+        return {"seconds": seconds, "clock": "kernels", "kernels": names[:each]}
+    mean = sum(time for _, time in kernels) / calls
+    return {"seconds": [mean], "clock": "kernels", "kernels": sorted(set(names))}

@@ -245,7 +245,8 @@ def _cupti_kernels(run: Any) -> list[tuple[str, float]]:
     try:
         run()
     finally:
-        kernels = cupti._cupti_get_timings(False)
+        # True: detach. What is launched until the next time would else be in its list.
+        kernels = cupti._cupti_get_timings(True)
     return [(name, milliseconds / 1e3) for name, milliseconds in kernels or ()]
 
 

@@ -104,13 +104,15 @@ def print_kernels(result: dict[str, Any], console: Console) -> None:
     clocks = sorted({clock for row in result["rows"] for clock in row["clock"].values()})
     table = Table(title=f"microseconds a call, medians (clock: {', '.join(clocks) or 'none'})")
     table.add_column("case")
-    for column in (*names, "of the limit", "vs bitsandbytes", "vs bf16"):
+    for column in (*names, "launches, rival's", "of the limit", "vs bitsandbytes", "vs bf16"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         times = [_format(median(row, name), 1e6, "{:.1f}") for name in names]
         ratios = [_times(ratio(row, cases.RIVAL)), _times(ratio(row, *_DENSE))]
         share = share_of_peak(row, result)
-        table.add_row(cases.case_name(row["case"]), *times, share, *ratios)
+        launches = [len(row["kernels"].get(name, ())) for name in (cases.DEFAULT, cases.RIVAL)]
+        counts = ", ".join(str(count or "-") for count in launches)
+        table.add_row(cases.case_name(row["case"]), *times, counts, share, *ratios)
     console.print(table)
     refusals = {
         f"{row['case']['operation']} by {name}: {why}"

@@ -4,7 +4,7 @@
 
 Questions, a line of JSON each; decoding comes before training, because adapters stay on:
 
-    {"run": "decode"}
+    {"run": "decode", "setting": ""}                 or "static": a static cache, compiled
     {"run": "train", "setting": "checkpointing"}     or "no checkpointing"
 
 The same model as in scripts/bench_gpu_steps.py, of random weights that are made on the device and
@@ -92,12 +92,12 @@ class StepBench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         if question["run"] == "decode":
-            report = self._decode()
+            report = self._decode(question["setting"])
         else:
             report = self._train(question["setting"])
         return report | {"peak_bytes": peak_bytes()}
 
-    def _decode(self) -> dict[str, Any]:
+    def _decode(self, setting: str) -> dict[str, Any]:
         sizes = self._sizes
         model = self._model.eval()
         generator = torch.Generator().manual_seed(0)
@@ -105,6 +105,8 @@ class StepBench:
         prompt = torch.randint(1, sizes.model["vocab_size"], shape, generator=generator).to(DEVICE)
         options = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
         options["attention_mask"] = torch.ones_like(prompt)
+        if setting == "static":  # on a GPU, transformers then compiles the decoding step
+            options["cache_implementation"] = "static"
         seconds: dict[int, list[float]] = {count: [] for count in sizes.new_tokens}
         for run in range(_GENERATIONS + 1):
             for count in sizes.new_tokens:

@@ -238,7 +238,7 @@ class Suite:
         )
         # The device has room for one of the two: ours is gone before the rival starts.
         if rival := self.rival("bench_gpu_rival_steps.py"):
-            questions = ["decode", "train checkpointing", "train no checkpointing"]
+            questions = ["decode", "train checkpointing", "train no checkpointing", "decode static"]
             answers |= self._ask_steps("rival", rival, questions, self.left())
         report.print_steps(answers, self.sizes, self.console)
         return answers
@@ -253,6 +253,8 @@ class Suite:
                 if left < 5:
                     answers[f"{who} {question}"] = {"error": _SHORT_OF_TIME}
                     continue
+                if question == "decode static":
+                    worker.stop()  # after training, adapters are on the model
                 run, _, setting = question.partition(" ")
                 answer = _ask(worker, {"run": run, "setting": setting}, left)
                 answers[f"{who} {question}"] = answer

@@ -1,6 +1,7 @@
 """The GPU benchmark without a GPU: its checks find mistakes, its bookkeeping counts, it goes on."""
 
 import dataclasses
+import doctest
 import importlib
 import json
 import pathlib
@@ -259,6 +260,20 @@ class FakeStopwatch:
         self.compiled += pairs
 
 
+@pytest.mark.parametrize("name", ["cases", "machine", "report", "tune"])
+def test_examples(load, name):
+    tried = doctest.testmod(load(f"bench_gpu_{name}"))
+    assert tried.attempted and not tried.failed
+
+
+def test_kernels_are_split_by_calls_only_if_all_calls_launch_the_same(load):
+    split = load("bench_gpu_cases").split_kernels
+    kernels = [("a", 1.0), ("b", 3.0), ("a", 2.0), ("b", 4.0)]
+    assert split(kernels, 2)["seconds"] == [4.0, 6.0]
+    assert split(kernels, 4)["seconds"] == [2.5]  # "a" is no call, nor is "b"
+    assert split(kernels[:3], 2) == {"seconds": [3.0], "clock": "kernels", "kernels": ["a", "b"]}
+
+
 def test_best_tiles_are_found_by_doubling_and_halving(load):
     tune = load("bench_gpu_tune")
 
@@ -334,7 +349,8 @@ def dry_run(load, parts, **sizes):
 
 def test_a_reduced_dry_run(load):
     small = dict(check_shapes=((128, 128),), check_rows=(1, 2), check_formats=1)
-    result = dry_run(load, ["check", "kernels"], shapes=((128, 128),), rows=(1,), **small)
+    small |= dict(shapes=((128, 128),), rows=(1,), calls=1, warm_up=0, turns=2)
+    result = dry_run(load, ["check", "kernels"], **small)
     verdicts = {(row["operation"], row["implementation"]): row for row in result["check"]}
     for operation in ("dequantize", "matmul", "matmul_transposed", "quantize"):
         for name in ("xla", "default"):
@@ -343,7 +359,7 @@ def test_a_reduced_dry_run(load):
     timed_cases = [row["case"]["operation"] for row in result["kernels"]["rows"]]
     assert sorted(timed_cases) == ["dequantize", "matmul", "matmul_transposed", "quantize"]
     for row in result["kernels"]["rows"]:
-        assert len(row["seconds"].get("default", [])) == 2 * 2, row["not"]
+        assert len(row["seconds"].get("default", [])) == 2, row["not"]
     assert len(result["goals"]) == 8
 
 
