@@ -37,19 +37,19 @@ def run(function, *arrays, **static):
     return jax.block_until_ready(function(*jax.block_until_ready(arrays), **static))
 
 
-def assert_close(y, exact, magnitude, dtype):
-    """The codebook is rounded once and the result once; float32 sums are far below both."""
-    bound = ROUNDING[dtype] * (np.abs(exact) + magnitude) * 1.01 + 1e-7 * magnitude
+def assert_close(y, exact, magnitude, dtype, roundings=1):
+    """Weights are rounded so often and the result once; float32 sums are far below both."""
+    bound = ROUNDING[dtype] * (np.abs(exact) + roundings * magnitude) * 1.01 + 1e-7 * magnitude
     assert y.dtype == dtype
     np.testing.assert_array_less(np.abs(np.asarray(y, np.float64) - exact), bound)
 
 
 CASES = [
     # rows, W (ragged N, K an odd number of tiles, ...), format, block, double, dtype, tiles
-    (1, (192, 320), "nf4", 64, True, "bfloat16", mosaic_gpu.Tiles(2, 2, 1, 2)),
+    (1, (192, 320), "nf4", 64, True, "bfloat16", mosaic_gpu.Tiles(2, 2, 1, 1)),
     (3, (130, 320), "fp4", 64, False, "float16", mosaic_gpu.Tiles(2, 1, 2, 2)),
-    (16, (128, 64 * 40), "int4", 128, True, "bfloat16", mosaic_gpu.Tiles(2, 2, 1, 3)),
-    (64, (128, 192), "nf4", 64, False, "bfloat16", None),
+    (16, (128, 64 * 40), "int4", 128, True, "bfloat16", mosaic_gpu.Tiles(2, 1, 2, 3)),
+    (64, (128, 64), "nf4", 64, False, "bfloat16", None),
 ]
 
 
@@ -63,6 +63,29 @@ def test_product_has_the_float64_meaning(
     y = run(mosaic_gpu.matmul, x, *packed, **static, tiles=tiles, interpret=POISONED)
     w, x = meaning(packed, **static), np.asarray(x, np.float64)
     assert_close(y, x @ w.T, np.abs(x) @ np.abs(w).T, dtype)
+
+
+TRANSPOSED_CASES = [
+    (1, (130, 320), "nf4", 64, True, "bfloat16", mosaic_gpu.Tiles(2, 2, 1, 2)),
+    (3, (640, 256), "fp4", 64, False, "float16", mosaic_gpu.Tiles(2, 1, 1, 2)),
+    (16, (192, 512), "int4", 128, True, "bfloat16", mosaic_gpu.Tiles(2, 1, 1, 1)),
+    (64, (128, 320), "nf4", 64, False, "bfloat16", None),
+]
+
+
+@pytest.mark.parametrize(
+    "rows,shape,quant_type,block_size,double_quant,dtype,tiles", TRANSPOSED_CASES
+)
+def test_transposed_product_has_the_float64_meaning(
+    rows, shape, quant_type, block_size, double_quant, dtype, tiles
+):
+    static = dict(quant_type=quant_type, block_size=block_size, shape=shape)
+    packed = packed_weight(shape, quant_type, block_size, double_quant)
+    g = random_rows((rows, shape[0]), dtype)
+    y = run(mosaic_gpu.matmul_transposed, g, *packed, **static, tiles=tiles, interpret=POISONED)
+    w, g = meaning(packed, **static), np.asarray(g, np.float64)
+    # The codebook, absmax and their product are rounded.
+    assert_close(y, g @ w, np.abs(g) @ np.abs(w), dtype, roundings=3)
 
 
 def test_bias_and_low_rank_update_are_added_before_rounding():
@@ -81,15 +104,16 @@ def test_bias_and_low_rank_update_are_added_before_rounding():
     assert_close(y, x @ w.T + bias + xa @ b, np.abs(x) @ np.abs(w).T, "bfloat16")
 
 
-def test_every_run_gives_the_same_bits_and_no_thread_races_another():
-    shape = (128, 512)
-    static = dict(quant_type="nf4", block_size=64, shape=shape, tiles=mosaic_gpu.Tiles(2, 2, 1, 2))
+@pytest.mark.parametrize("product,axis", [("matmul", 1), ("matmul_transposed", 0)])
+def test_every_run_gives_the_same_bits_and_no_thread_races_another(product, axis):
+    shape = (256, 256)
+    static = dict(quant_type="nf4", block_size=64, shape=shape, tiles=mosaic_gpu.Tiles(2, 1, 1, 1))
     packed = packed_weight(shape, "nf4", 64, double_quant=True)
-    x = random_rows((2, shape[1]), "bfloat16")
+    x, product = random_rows((2, shape[axis]), "bfloat16"), getattr(mosaic_gpu, product)
     racing = plgpu.InterpretGPUParams(detect_races=True)
-    y = run(mosaic_gpu.matmul, x, *packed, **static, interpret=racing)
+    y = run(product, x, *packed, **static, interpret=racing)
     assert not interpret_pallas_call.get_races().races_found
-    again = run(mosaic_gpu.matmul, x, *packed, **static, interpret=True)
+    again = run(product, x, *packed, **static, interpret=True)
     assert jnp.array_equal(y, again)
 
 
@@ -102,7 +126,6 @@ def test_every_run_gives_the_same_bits_and_no_thread_races_another():
         (dict(shape=(129, 128)), "n=129"),
         (dict(shape=(64, 128)), "n=64"),
         (dict(shape=(128, 96)), "k=96"),
-        (dict(shape=(128, 64)), "k=64"),
         (dict(block_size=32), "block_size=32"),
         (dict(interpret=False), "compute capability None"),
     ],
@@ -123,14 +146,19 @@ def test_other_input_is_left_to_other_implementations(change, reason):
         )
 
 
-def test_tiles_cover_the_weight_and_refuse_nonsense():
-    for rows in (1, 16, 64):
-        for shape in ((4096, 4096), (11008, 4096), (6656, 6656), (8192, 22016)):
-            tiles = mosaic_gpu.Tiles.choose(rows, shape)
-            columns = 64 * tiles.blocks * tiles.warpgroups * tiles.splits
-            assert (tiles.steps(shape[1]) - 1) * columns < shape[1]
-            assert tiles.steps(shape[1]) * columns >= shape[1]
+def test_transposed_product_of_fewer_columns_than_a_tile_is_left_to_others():
+    g, packed = jnp.zeros((1, 128), "bfloat16"), packed_weight((128, 192), "nf4", 64, False)
+    static = dict(quant_type="nf4", block_size=64, shape=(128, 192))
+    with pytest.raises(NotImplementedError, match="192"):
+        mosaic_gpu.matmul_transposed(g, *packed, **static, interpret=True)
+
+
+def test_tiles_cover_the_sum_and_refuse_nonsense():
+    for tiles, length in ((32, 4096), (86, 4096), (52, 6656), (64, 22016)):
+        chosen = mosaic_gpu.Tiles().with_splits(tiles, length, cores=132)
+        part = 64 * chosen.blocks * chosen.warpgroups * chosen.splits
+        assert (chosen.steps(length) - 1) * part < length <= chosen.steps(length) * part
     with pytest.raises(ValueError, match="warpgroups=3"):
         mosaic_gpu.Tiles(warpgroups=3)
-    with pytest.raises(ValueError, match="blocks=3"):
-        mosaic_gpu.Tiles(blocks=3)
+    with pytest.raises(ValueError, match="splits=0"):
+        mosaic_gpu.Tiles(splits=0)

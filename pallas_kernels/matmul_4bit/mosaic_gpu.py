@@ -27,8 +27,6 @@ additions: every run gives the same bits.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -36,72 +34,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels.devices import current_target
 from pallas_kernels.formats import DYNAMIC_MAP
+from pallas_kernels.matmul_4bit.mosaic_gpu_transposed import matmul_transposed
 from pallas_kernels.matmul_4bit.mosaic_pairs import (
     BYTES,
     TABLE_SHAPE,
-    TILE,
     decode_planes,
     fill_table,
     pair_table,
     to_operand_order,
 )
 from pallas_kernels.matmul_4bit.mosaic_scales import Scales, store
+from pallas_kernels.matmul_4bit.mosaic_tiles import (
+    TILE,
+    Tiles,
+    check_served,
+    interpret_params,
+    multiply_transposed,
+)
 
-MAX_ROWS = 64
-_SMS = 132
+__all__ = ["Tiles", "matmul", "matmul_transposed"]
+
+# Tiles of columns whose scales are decoded at a time.
+_CHUNK = 16
 _ROW = plgpu.Layout.WGMMA.reduce(1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How a product is cut up.
-
-    Attributes:
-        warpgroups: of a block of threads; each has its own columns and buffers.
-        splits: parts of the columns in different blocks of threads.
-        blocks: tiles of 64 columns that a warpgroup takes from one buffer.
-        stages: buffers of a warpgroup.
-    """
-
-    warpgroups: int = 4
-    splits: int = 1
-    blocks: int = 2
-    stages: int = 2
-
-    def __post_init__(self) -> None:
-        if self.warpgroups not in (2, 4) or min(self.splits, self.blocks, self.stages) < 1:
-            raise ValueError(f"{self} needs 2 or 4 warpgroups and at least 1 of everything else")
-        if self.blocks not in (1, 2):
-            raise ValueError(f"{self.blocks=} must divide any chunk of scales: 1 or 2")
-
-    def steps(self, columns: int) -> int:
-        """Buffers that each warpgroup consumes for so many columns of W."""
-        return -(-columns // (TILE * self.splits * self.warpgroups * self.blocks))
-
-    @classmethod
-    def choose(cls, rows: int, shape: tuple[int, int], cores: int = _SMS) -> Tiles:
-        """The split that gives every core about the same to do.
-
-        Args:
-            rows: of `x`.
-            shape: of W.
-            cores: streaming multiprocessors.
-
-        >>> Tiles.choose(16, (4096, 4096))
-        Tiles(warpgroups=4, splits=4, blocks=2, stages=2)
-        """
-        base = cls(stages=3 if rows <= 8 else 2) if rows <= 16 else cls(warpgroups=2)
-        tiles = -(-shape[0] // 2 // TILE)
-
-        def cost(splits: int) -> float:
-            tiling = dataclasses.replace(base, splits=splits)
-            waves = -(-tiles * splits // cores)
-            # What a block of threads does before its first and after its last step is about four.
-            return waves * (tiling.steps(shape[1]) + 4)
-
-        return dataclasses.replace(base, splits=min(range(1, 17), key=cost))
 
 
 def matmul(
@@ -139,7 +95,7 @@ def matmul(
         NotImplementedError: for what this kernel does not serve.
     """
     check_served(x, shape, block_size, interpret)
-    tiles = tiles or Tiles.choose(x.shape[0], shape, current_target().num_cores or _SMS)
+    tiles = tiles or _default_tiles(x.shape[0], shape)
     parts = _partial_products(
         x, codes, absmax, nested_absmax, offset, quant_type, block_size, shape, tiles, interpret
     )
@@ -151,38 +107,25 @@ def matmul(
     return y.astype(x.dtype)
 
 
-def check_served(
-    x: Float[Array, "m k"], shape: tuple[int, int], block_size: int, interpret: object
-) -> None:
-    """Raises NotImplementedError for input that the kernels of this folder do not serve."""
-    n, k = shape
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"{x.dtype=}: tensor cores take bfloat16 and float16")
-    if not 1 <= x.shape[0] <= MAX_ROWS:
-        raise NotImplementedError(f"{x.shape[0]=} rows: 1 to {MAX_ROWS} are served")
-    if block_size % TILE or k % block_size or k < 2 * block_size:
-        raise NotImplementedError(f"{block_size=} and {k=}: tiles are whole blocks, two at least")
-    if n % 2 or n < 2 * TILE:
-        raise NotImplementedError(f"{n=} rows: an even number from {2 * TILE} on is served")
-    if not interpret and current_target().architecture[0] != 9:
-        raise NotImplementedError(
-            f"compute capability {current_target().compute_capability}: wgmma is sm_90's alone"
-        )
+def _default_tiles(rows: int, shape: tuple[int, int]) -> Tiles:
+    # More rows need more registers, and larger buffers.
+    base = Tiles(stages=3 if rows <= 8 else 2) if rows <= 16 else Tiles(warpgroups=2)
+    return base.with_splits(-(-shape[0] // (2 * TILE)), shape[1])
 
 
 def _partial_products(
     x, codes, absmax, nested_absmax, offset, quant_type, block_size, shape, tiles, interpret
 ) -> Float32[Array, "splits out m_padded"]:
     (m, k), n, dtype = x.shape, shape[0], x.dtype
-    m_padded, half, scale_columns = -(-m // 8) * 8, n // 2, k // block_size
+    m_padded, half = -(-m // 8) * 8, n // 2
     steps = tiles.steps(k)
     k_padded = steps * tiles.blocks * tiles.warpgroups * tiles.splits * TILE
     x = to_operand_order(jnp.pad(x, ((0, m_padded - m), (0, k_padded - k))))
     table = jnp.asarray(pair_table(quant_type, dtype))
-    arrays = [x, codes.reshape(half, k), table, absmax.reshape(n, scale_columns)]
+    arrays = [x, codes.reshape(half, k), table, absmax]
     if nested_absmax is not None:
         arrays += [jnp.asarray(DYNAMIC_MAP), nested_absmax, offset.reshape(1)]
-    scales = Scales(scale_columns, block_size, nested_absmax is not None, bool(interpret))
+    scales = Scales(shape, block_size, _CHUNK, nested_absmax is not None, bool(interpret))
     last_tile = k // TILE - 1
 
     def kernel(x_gmem, codes_gmem, table_gmem, *refs):
@@ -191,7 +134,6 @@ def _partial_products(
         wg, split = lax.axis_index("wg"), lax.axis_index("split")
         row = jnp.minimum(lax.axis_index("rows") * TILE, half - TILE)
         first = (split * tiles.warpgroups + wg) * (steps * tiles.blocks)
-        rows = pl.ds(row, TILE), pl.ds(half + row, TILE)
 
         def fetch(step, slot):
             barrier = full.at[wg * tiles.stages + slot]
@@ -201,7 +143,7 @@ def _partial_products(
                 code_columns = pl.ds(jnp.minimum(tile, last_tile) * TILE, TILE)
                 x_tile = x_gmem.at[:, pl.ds(tile * TILE, TILE)]
                 plgpu.copy_gmem_to_smem(x_tile, x_smem.at[wg, slot, i], barrier)
-                code_tile = codes_gmem.at[rows[0], code_columns]
+                code_tile = codes_gmem.at[pl.ds(row, TILE), code_columns]
                 plgpu.copy_gmem_to_smem(code_tile, codes_smem.at[wg, slot, i], barrier)
 
         def product(slot, i):
@@ -211,7 +153,7 @@ def _partial_products(
                 planes = decode_planes(codes, table_smem, dtype, interpret=bool(interpret))
             with jax.named_scope("multiply"):
                 if interpret:  # has no wgmma with an operand in registers
-                    return [_multiply_transposed(w, x_tile[...]) for w in planes]
+                    return [multiply_transposed(w, x_tile[...]) for w in planes]
                 accumulator = plgpu.ACC((TILE, m_padded), jnp.float32)
 
                 def multiply(*accumulators):
@@ -224,17 +166,16 @@ def _partial_products(
         def step(i, totals):
             slot = lax.rem(i, tiles.stages)
             tile = first + i * tiles.blocks
-            chunk = scales.chunk // tiles.blocks
+            chunk = _CHUNK // tiles.blocks
 
             @pl.when(lax.rem(i, chunk) == 0)
             def _():
                 with jax.named_scope("scales"):
-                    scales.decode(scales_gmem, scales_smem.at[wg], rows, tile)
+                    scales.store(scales_smem.at[wg], scales.decode(scales_gmem, row, tile))
 
-            chunk_tile = first + (i - lax.rem(i, chunk)) * tiles.blocks
             plgpu.barrier_wait(full.at[wg * tiles.stages + slot])
             for j in range(tiles.blocks):
-                column = scales.column(jnp.minimum(tile + j, last_tile), chunk_tile)
+                column = lax.rem(i, chunk) * tiles.blocks + j
                 totals = tuple(
                     total + _to_columns(scales_smem.at[wg, plane, :, column], m_padded) * sums
                     for plane, (total, sums) in enumerate(
@@ -244,6 +185,7 @@ def _partial_products(
 
             @pl.when(i + tiles.stages < steps)
             def _():
+                plgpu.commit_smem()  # What was read through registers, before TMA overwrites it.
                 fetch(i + tiles.stages, slot)
 
             return totals
@@ -279,7 +221,7 @@ def _partial_products(
             plgpu.SMEM((*buffers, m_padded, TILE), dtype, transforms=swizzled),
             plgpu.SMEM((*buffers, TILE, TILE), jnp.uint8),
             plgpu.SMEM(TABLE_SHAPE, jnp.uint32),
-            plgpu.SMEM((tiles.warpgroups, 2, TILE, scales.chunk + 1), jnp.float32),
+            plgpu.SMEM((tiles.warpgroups, *scales.smem), jnp.float32),
             plgpu.SMEM((tiles.warpgroups, 2, TILE, m_padded), jnp.float32),
             plgpu.Barrier(
                 num_arrivals=2 * tiles.blocks, num_barriers=tiles.warpgroups * tiles.stages
@@ -291,16 +233,8 @@ def _partial_products(
         num_threads=tiles.warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=_interpret_params(interpret),
+        interpret=interpret_params(interpret),
     )(*arrays)
-
-
-def _interpret_params(interpret: bool | plgpu.InterpretGPUParams):
-    return plgpu.InterpretGPUParams() if interpret is True else interpret or None
-
-
-def _multiply_transposed(a, b):
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _to_columns(scales_smem, columns: int):

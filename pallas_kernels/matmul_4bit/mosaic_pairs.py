@@ -26,6 +26,8 @@ values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -37,9 +39,9 @@ from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from pallas_kernels.formats import CODEBOOKS
+from pallas_kernels.matmul_4bit.mosaic_tiles import TILE
 from pallas_kernels.mosaic_registers import WARP, constant, words
 
-TILE = 64
 # 16 neighbouring bytes a thread, four threads a row: `codes` of one tile of 64 x 64 bytes.
 BYTES = plgpu.Layout.TILED(
     plgpu.Tiling(((64, 64), (16, 64), (8, 64), (16,))),
@@ -114,17 +116,24 @@ def decode_planes(
             index = (0, 2 * word + step, 0, 0, half, 0, 0, 0, 0)
             low[index] = _permute_bytes(p, q, 0x5410, dtype)
             high[index] = _permute_bytes(p, q, 0x7632, dtype)
-        return _operand(high), _operand(low)
+        return operand(high), operand(low)
 
     return tuple(decode(codes, table_smem))
 
 
 def _pairs(codes: mgpu.FragmentedArray, table: ir.Value):
     """Yields row half, word, step and the entries for two bytes, of all that a thread has."""
+    entry = reader(table)
+    for half, register in enumerate(codes.registers.flat):
+        for i, word in enumerate(words(register)):
+            for step in range(2):
+                yield half, i, step, (entry(word, 2 * step), entry(word, 2 * step + 1))
+
+
+def reader(table: ir.Value) -> Callable[[ir.Value, int], ir.Value]:
+    """The look-up of one byte of a word in this lane's copy of the table."""
     i32, base = ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(table)
-    # Not the masked index of the thread: the assembler would mask it again for every look-up.
-    lane = llvm.inline_asm(i32, [], "mov.u32 $0, %laneid;", "=r", has_side_effects=False)
-    bank = arith.shli(lane, constant(2))
+    bank = arith.shli(lane(), constant(2))
 
     def entry(word: ir.Value, byte: int) -> ir.Value:
         shift = 8 * byte - 7  # a row of the table has 2**7 bytes
@@ -133,10 +142,14 @@ def _pairs(codes: mgpu.FragmentedArray, table: ir.Value):
         i8 = ir.IntegerType.get_signless(8)
         return llvm.load(i32, mgpu.utils.getelementptr(base, [arith.ori(row, bank)], i8))
 
-    for half, register in enumerate(codes.registers.flat):
-        for i, word in enumerate(words(register)):
-            for step in range(2):
-                yield half, i, step, (entry(word, 2 * step), entry(word, 2 * step + 1))
+    return entry
+
+
+def lane() -> ir.Value:
+    """The thread's index in its warp."""
+    # Not the masked index of the thread: the assembler would mask it again for every look-up.
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, [], "mov.u32 $0, %laneid;", "=r", has_side_effects=False)
 
 
 def _permute_bytes(a: ir.Value, b: ir.Value, selector: int, dtype: jnp.dtype) -> ir.Value:
@@ -148,5 +161,6 @@ def _permute_bytes(a: ir.Value, b: ir.Value, selector: int, dtype: jnp.dtype) ->
     return mgpu.utils.bitcast(word, pair)
 
 
-def _operand(registers: np.ndarray) -> mgpu.FragmentedArray:
+def operand(registers: np.ndarray) -> mgpu.FragmentedArray:
+    """The 64 x 64 operand of `wgmma` that consists of these registers."""
     return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)

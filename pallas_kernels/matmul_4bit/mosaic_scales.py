@@ -1,4 +1,4 @@
-"""Scales of a tile of rows, decoded once into shared memory, for the fused products."""
+"""Scales of a tile of W, decoded once into shared memory, for the fused products."""
 
 from __future__ import annotations
 
@@ -6,80 +6,105 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import llvm
+from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.formats import NESTED_BLOCK_SIZE
-from pallas_kernels.matmul_4bit.mosaic_pairs import TILE
-from pallas_kernels.mosaic_decode import look_up
-from pallas_kernels.mosaic_registers import tile_layout
-
-_MOST_COLUMNS = 16
+from pallas_kernels.matmul_4bit.mosaic_tiles import TILE
+from pallas_kernels.mosaic_registers import extract, map_registers, pack, tile_layout
 
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """The absmax of 64 rows of either half of W, a chunk of columns at a time.
+    """The absmax of 64 rows of either half of W, some tiles of 64 columns at a time.
 
-    A row of W has `columns` scales; a warpgroup decodes `chunk` of them for each of its rows, all
-    its threads at work on different ones, and reads them from shared memory as often as it likes.
+    All threads of a warpgroup decode different ones. Rows and columns beyond the last are taken
+    for the last: there, the other factor of the product is zero, and must not meet a NaN.
 
     Attributes:
-        columns: scales a row of W, two at least.
+        shape: of W, `(out, in)`.
         block_size: of the format, a multiple of 64.
+        tiles: of 64 columns, a power of two up to 32.
         nested: whether there is double quantization.
         interpret: whether the kernel runs in Pallas's interpreter.
     """
 
-    columns: int
+    shape: tuple[int, int]
     block_size: int
+    tiles: int
     nested: bool
     interpret: bool
 
     @property
-    def chunk(self) -> int:
-        """Scales that are decoded at a time, and tiles of 64 columns that they are for."""
-        return min(_MOST_COLUMNS, 1 << (self.columns.bit_length() - 1))
+    def smem(self) -> tuple[int, int, int]:
+        """The shape in shared memory; an odd number of columns spreads a column over the banks."""
+        return 2, TILE, self.tiles + 1
 
-    def _first(self, tile):
-        """The column of the first scale that is decoded for the chunk that starts at a tile."""
-        return jnp.minimum(tile * TILE // self.block_size, self.columns - self.chunk)
-
-    def column(self, tile, chunk_tile):
-        """Where the scales of a tile are, in the chunk that started at `chunk_tile`."""
-        return tile * TILE // self.block_size - self._first(chunk_tile)
-
-    def decode(self, scales_gmem: Sequence, scales_smem, rows: Sequence[pl.Slice], tile) -> None:
-        """Decodes a chunk.
+    def decode(self, scales_gmem: Sequence, row, tile) -> list[Float32[Array, "64 tiles"]]:
+        """The scales of the high and of the low nibbles, in registers.
 
         Args:
-            scales_gmem: absmax [out, columns]; with double quantization uint8 and followed by the
-                dynamic map, the nested scales and the offset [1].
-            scales_smem: float32 [len(rows), 64, chunk + 1], this warpgroup's. The odd number of
-                columns spreads a column over the banks.
-            rows: of W, slices of 64.
-            tile: of 64 columns, the first of the chunk.
+            scales_gmem: absmax, flat; with double quantization uint8 and followed by the dynamic
+                map, the nested scales and the offset [1].
+            row: of bytes, the first one.
+            tile: of 64 columns, the first one.
         """
-        layout = tile_layout(self.chunk, 1)
-        first = self._first(tile)
-        plgpu.commit_smem()  # All threads have read the chunk before.
-        for plane, where in enumerate(rows):
-            absmax = plgpu.load(
-                scales_gmem[0].at[where, pl.ds(first, self.chunk)], layout=layout, optimized=False
-            )
-            if self.nested:
-                absmax = self._decode_nested(absmax, where.start, first, *scales_gmem[1:], layout)
-            store(scales_smem.at[plane, :, pl.ds(0, self.chunk)], absmax)
-
-    def _decode_nested(self, codes, row, column, map_gmem, nested_gmem, offset_gmem, layout):
-        rows, columns = (
-            plgpu.broadcasted_iota(jnp.int32, codes.shape, i, layout=layout) for i in range(2)
+        (n, k), layout = self.shape, tile_layout(self.tiles, 1)
+        rows, tiles = (
+            start + plgpu.broadcasted_iota(jnp.int32, (TILE, self.tiles), axis, layout=layout)
+            for axis, start in enumerate((row, tile))
         )
-        block = (row + rows) * self.columns + column + columns
+        rows, tiles = jnp.minimum(rows, n // 2 - 1), jnp.minimum(tiles, k // TILE - 1)
+        block = rows * (k // self.block_size) + tiles // (self.block_size // TILE)
+        planes = block, block + n // 2 * (k // self.block_size)
+        return [self._decode_blocks(plane, *scales_gmem, layout=layout) for plane in planes]
+
+    def _decode_blocks(self, block, absmax_gmem, *nested, layout):
         shared = dict(layout=layout, interpret=self.interpret)
-        nested = look_up(nested_gmem, block // NESTED_BLOCK_SIZE, **shared)
-        values = look_up(map_gmem, codes.astype(jnp.int32), **shared)
-        return values * nested + offset_gmem[0]
+        absmax = take(absmax_gmem, block, **shared)
+        if not self.nested:
+            return absmax
+        map_gmem, nested_gmem, offset_gmem = nested
+        scale = take(nested_gmem, block // NESTED_BLOCK_SIZE, **shared)
+        return take(map_gmem, absmax, **shared) * scale + offset_gmem[0]
+
+    def store(self, scales_smem, planes: Sequence[Float32[Array, "64 tiles"]]) -> None:
+        """Puts decoded scales where all threads of the warpgroup can read them."""
+        plgpu.commit_smem()  # All threads have read what was there.
+        for plane, values in enumerate(planes):
+            store(scales_smem.at[plane, :, : self.tiles], values)
+
+
+def take(table_gmem, index: Int32[Array, "*n"], *, layout: plgpu.Layout, interpret: bool):
+    """`table_gmem[index]`, bytes as int32; every thread reads for itself.
+
+    Args:
+        table_gmem: a flat reference to global memory, float32 or uint8.
+        index: in a layout of one number a register.
+        layout: of `index`, and of the result.
+        interpret: whether the kernel runs in Pallas's interpreter.
+    """
+    dtype = jnp.float32 if table_gmem.dtype == jnp.float32 else jnp.int32
+    if interpret:
+        return table_gmem[...][index].astype(dtype)
+    result = plgpu.ShapeDtypeStruct(index.shape, dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=result)
+    def gather(_, table, index):
+        base = mgpu.utils.memref_ptr(table)
+        element = mgpu.utils.dtype_to_ir_type(jnp.dtype(table_gmem.dtype))
+        word = mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
+
+        def read(register):
+            where = mgpu.utils.getelementptr(base, [extract(register, 0)], element)
+            value = llvm.load(element, where)
+            return pack([value if element == word else llvm.zext(word, value)])
+
+        return map_registers(read, index, is_signed=mgpu.utils.is_signed(jnp.dtype(dtype)))
+
+    return gather(table_gmem, index)
 
 
 def store(ref, value) -> None:
