@@ -172,6 +172,10 @@ def weights_a_pass(case: Case, code: MachineCode) -> float | None:
     """
     if not code.main_loop():
         return case.weights / code.blocks
+    if {"BN", "BK"} <= code.constants.keys():
+        # Each of the warps, or groups of threads, that share the summed axis has a tile of bytes.
+        parts = code.constants.get("WARPS") or code.constants.get("GROUPS", 1)
+        return 2 * code.constants["BN"] * code.constants["BK"] * parts
     return case.weights / code.blocks / code.passes if code.passes else None
 
 

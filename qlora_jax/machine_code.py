@@ -25,7 +25,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -63,7 +63,8 @@ class MachineCode:
         spill_bytes: what a thread keeps in local memory because registers ran out.
         shared_bytes: shared memory of a block, static and dynamic.
         disassembly: its code as nvdisasm prints it.
-        passes: of its longest loop, where the source has their number as a constant.
+        passes: of its longest loop, where Mosaic's source has their number as a constant.
+        constants: the parameters that Triton compiled it for.
     """
 
     kernel: str
@@ -75,6 +76,7 @@ class MachineCode:
     shared_bytes: int
     disassembly: str = dataclasses.field(repr=False)
     passes: int | None = None
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def instructions(self) -> list[Instruction]:
         """What a warp can come through, in the order of addresses; no padding."""
@@ -142,7 +144,7 @@ def triton_kernels(
             spill_bytes=one.spill_bytes,
             shared_bytes=one.shared_bytes,
             disassembly=one.sass,
-            passes=record.constants.get("STEPS"),
+            constants=record.constants,
         )
         for one, record in zip(launches, records, strict=True)
     ]
