@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import os
 import pathlib
 import sys
 import time
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from qlora_jax.errors import UserError
 
-_CHECK_WORKERS = 8
+_CHECK_WORKERS = min(12, max(2, (os.cpu_count() or 2) - 2))
 _BATCH = 8
 _CHECK_S, _START_S, _CALL_S, _COMPILE_S, _LEAST_S = 60.0, 120.0, 60.0, 180.0, 10.0
 # Of the time for whole steps; we compile, the rival does not.
@@ -57,9 +58,10 @@ class Suite:
 
     def ours(self, script: str, *, whole_device: bool = False) -> Worker:
         """A process of ours. Unless it has the device for itself, it takes memory as it needs."""
-        env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"} if whole_device else {}
-        if not whole_device:
-            env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        if whole_device:
+            env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
+        else:  # one of several: also on the processor
+            env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OPENBLAS_NUM_THREADS": "2"}
         flags = []
         if self.dry_run:
             env["JAX_PLATFORMS"] = "cpu"

@@ -159,6 +159,19 @@ def test_calls_go_through_all_copies_of_the_weight(load):
     assert used == [0, 1, 0] and len(kept) == 3
 
 
+def test_refused_tiles_are_no_reason_to_start_anew(load):
+    bench = load("bench_gpu_ours").KernelBench(interpret=True)
+    case = {"operation": "dequantize", "shape": [64, 128], "rows": 0, "tiles": {"tile_bytes": 7}}
+    assert bench.answer({"default_tiles": ["matmul", "dequantize"]}) == {"tiles": None}
+    default = bench.answer({"default_tiles": ["dequantize", "mosaic_gpu"]})["tiles"]
+    assert "tile_bytes" in default and default["tile_bytes"] > 7
+    question = {"implementation": "mosaic_gpu", "calls": 1, "warm_up": 0, "rotate_bytes": 1e3}
+    answer = bench.answer(question | {"case": case})
+    assert answer["unsupported"].startswith("ValueError") and "tile_bytes" in answer["unsupported"]
+    answer = bench.answer(question | {"case": case | {"tiles": default}})
+    assert len(answer["seconds"]) == 1
+
+
 class FakeWorker:
     """Answers by a function; remembers who was asked."""
 
