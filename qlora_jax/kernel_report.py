@@ -80,7 +80,8 @@ class Case:
         double = "double" if self.double_quant else ""
         rows = f"M={self.rows}" if self.rows else ""
         rank = f"rank={self.rank}" if self.rank else ""
-        parts = (self.quant_type, str(self.block_size), double, self.dtype, rows, rank)
+        shape = "x".join(map(str, self.shape))
+        parts = (shape, self.quant_type, str(self.block_size), double, self.dtype, rows, rank)
         return " ".join(part for part in (self.operation, *parts) if part)
 
     @property
