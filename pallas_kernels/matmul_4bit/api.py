@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from pallas_kernels import devices
 from pallas_kernels.dequantize_4bit.api import dequantize_4bit
 from pallas_kernels.formats import check_format
-from pallas_kernels.matmul_4bit import xla
+from pallas_kernels.matmul_4bit import mosaic_gpu, triton, xla
 
 
 def _zero(x: Float[Array, "m n"]) -> Float32[Array, ""]:
@@ -46,6 +46,8 @@ def _dense_matmul_transposed(g, *packed, **static):
 # `dequantize` is the kernel of that name and then the vendor's dense product: the best for many
 # rows, where decoding a weight once costs less than decoding its tiles again and again.
 IMPLEMENTATIONS = {
+    "mosaic_gpu": (mosaic_gpu.matmul, mosaic_gpu.matmul_transposed),
+    "triton": (triton.matmul, triton.matmul_transposed),
     "dequantize": (_dense_matmul, _dense_matmul_transposed),
     "xla": (xla.matmul, xla.matmul_transposed),
 }
