@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import devices
+from pallas_kernels import devices, triton_interpret
 
 try:
     import jax_triton
@@ -153,8 +153,6 @@ def launch(
         avals = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*arrays, *out))
         records.append(Record(kernel, avals, constants, grid, options, compute_capability))
     if interpret:
-        from pallas_kernels import triton_interpret  # needs Triton
-
         return triton_interpret.call(kernel, arrays, out, grid=grid, constants=constants)
     return jax_triton.triton_call(
         *arrays,

@@ -23,10 +23,16 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-import triton.language as tl
 from jaxtyping import Array
-from triton.runtime import interpreter
-from triton.runtime.jit import JITFunction
+
+try:
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import GridExecutor
+    from triton.runtime.jit import JITFunction
+except ImportError:  # `triton_call` says what to install
+    tl = interpreter = JITFunction = None
+    GridExecutor = object
 
 _DTYPES = {
     "bfloat16": "bf16",
@@ -52,7 +58,7 @@ class _Pointer:
         return self.array.ctypes.data
 
 
-class _Executor(interpreter.GridExecutor):
+class _Executor(GridExecutor):
     """Runs the grid on arrays that already lie on the host."""
 
     def _init_args_hst(self, args_dev, kwargs):

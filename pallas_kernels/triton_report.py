@@ -83,10 +83,11 @@ def compile_launches(function: Callable, *args: Any, compute_capability: int) ->
     """
     with recording() as records:
         jax.eval_shape(lambda args: function(*args, compute_capability=compute_capability), args)
-    return [_compile(record) for record in records]
+    return [compile_record(record) for record in records]
 
 
-def _compile(record: Record) -> Launch:
+def compile_record(record: Record) -> Launch:
+    """Compiles one launch that was recorded."""
     names = [p.name for p in record.kernel.params]
     types = [_TYPES[jnp.dtype(a.dtype).name] for a in record.arrays]
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(record.constants, "constexpr")
