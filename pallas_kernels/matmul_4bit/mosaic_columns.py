@@ -34,6 +34,8 @@ from pallas_kernels.mosaic_registers import constant, pack
 
 COLUMNS = 4 * TILE
 _SWIZZLE = 128
+# Columns of the scales in shared memory, see `Scales.smem`.
+_SCALES_PITCH = COLUMNS // TILE + 1
 SWIZZLED = plgpu.TilingTransform((8, _SWIZZLE)), plgpu.SwizzleTransform(_SWIZZLE)
 
 
@@ -89,21 +91,28 @@ def decode_columns(
 
     @plgpu.inline_mgpu(arg_types=refs, return_type=(result,) * 4)
     def decode(_, codes, scales, table):
-        shape = mgpu.WGMMA_LAYOUT.registers_shape((TILE, TILE))
-        operands = [np.empty(shape, object) for _ in range(4)]
-        entry, element = reader(table), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
-        word, scale = _words(codes, part), _scales(scales, part, element)
-        for s in range(4):
-            for t in range(2):
-                factor = scale(s, t)
-                for h in range(2):
-                    four = word(s, t, h)
-                    for c, registers in enumerate(operands):
-                        pair = mgpu.utils.bitcast(entry(four, c), factor.type)
-                        registers[0, 2 * s + t, 0, 0, h, 0, 0, 0, 0] = arith.mulf(pair, factor)
-        return tuple(operand(registers) for registers in operands)
+        return emit_columns(codes, scales, table, part, dtype)
 
     return decode(codes_smem, scales_smem, table_smem)
+
+
+def emit_columns(
+    codes: ir.Value, scales: ir.Value, table: ir.Value, part: int, dtype: jnp.dtype
+) -> tuple[mgpu.FragmentedArray, ...]:
+    """What a thread does in `decode_columns`."""
+    shape = mgpu.WGMMA_LAYOUT.registers_shape((TILE, TILE))
+    operands = [np.empty(shape, object) for _ in range(4)]
+    entry, element = reader(table), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
+    word, scale = _words(codes, part), _scales(scales, part, element)
+    for s in range(4):
+        for t in range(2):
+            factor = scale(s, t)
+            for h in range(2):
+                four = word(s, t, h)
+                for c, registers in enumerate(operands):
+                    pair = mgpu.utils.bitcast(entry(four, c), factor.type)
+                    registers[0, 2 * s + t, 0, 0, h, 0, 0, 0, 0] = arith.mulf(pair, factor)
+    return tuple(operand(registers) for registers in operands)
 
 
 def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -141,15 +150,14 @@ def _words(codes: ir.Value, part: int):
 def _scales(scales: ir.Value, part: int, element: ir.Type):
     """The reader of the pair of scales of a row: `scale(s, t)`."""
     f32, base = ir.F32Type.get(), mgpu.utils.memref_ptr(scales)
-    columns = ir.MemRefType(scales.type).shape[2]
     warp, _, j = _thread()
-    start = arith.addi(arith.muli(j, constant(2 * columns)), warp)
+    start = arith.addi(arith.muli(j, constant(2 * _SCALES_PITCH)), warp)
 
     def scale(s: int, t: int) -> ir.Value:
         values = []
         for plane in (1, 0):  # the low nibble's is the first element
             row = plane * TILE + 32 * part + 8 * s + t
-            offset = arith.addi(start, constant(row * columns))
+            offset = arith.addi(start, constant(row * _SCALES_PITCH))
             values.append(llvm.load(f32, mgpu.utils.getelementptr(base, [offset], f32)))
         return arith.truncf(ir.VectorType.get((2,), element), pack(values))
 

@@ -126,7 +126,7 @@ def _partial_products(
     if nested_absmax is not None:
         arrays += [jnp.asarray(DYNAMIC_MAP), nested_absmax, offset.reshape(1)]
     scales = Scales(shape, block_size, _CHUNK, nested_absmax is not None, bool(interpret))
-    last_tile = k // TILE - 1
+    last_tile, chunk = k // TILE - 1, _CHUNK // tiles.blocks
 
     def kernel(x_gmem, codes_gmem, table_gmem, *refs):
         *scales_gmem, out_gmem, x_smem, codes_smem, table_smem, scales_smem, sums_smem = refs[:-2]
@@ -165,13 +165,14 @@ def _partial_products(
 
         def step(i, totals):
             slot = lax.rem(i, tiles.stages)
-            tile = first + i * tiles.blocks
-            chunk = _CHUNK // tiles.blocks
 
-            @pl.when(lax.rem(i, chunk) == 0)
-            def _():
-                with jax.named_scope("scales"):
-                    scales.store(scales_smem.at[wg], scales.decode(scales_gmem, row, tile))
+            if steps > chunk:
+
+                @pl.when((lax.rem(i, chunk) == 0) & (i > 0))
+                def _():
+                    with jax.named_scope("scales"):
+                        tile = first + i * tiles.blocks
+                        scales.store(scales_smem.at[wg], scales.decode(scales_gmem, row, tile))
 
             plgpu.barrier_wait(full.at[wg * tiles.stages + slot])
             for j in range(tiles.blocks):
@@ -193,7 +194,9 @@ def _partial_products(
         with jax.named_scope("prologue"):
             for i in range(min(tiles.stages, steps)):
                 fetch(i, i)
+            first_scales = scales.decode(scales_gmem, row, first)
             fill_table(table_gmem, table_smem, wg, tiles.warpgroups)
+            scales.store(scales_smem.at[wg], first_scales)
             plgpu.barrier_arrive(meeting)
             plgpu.barrier_wait(meeting)
         zero = plgpu.layout_cast(jnp.zeros((TILE, m_padded), jnp.float32), plgpu.Layout.WGMMA)

@@ -109,16 +109,23 @@ def decode_planes(
 
     @plgpu.inline_mgpu(arg_types=(BYTES, plgpu.RefType()), return_type=(result, result))
     def decode(_, codes, table):
-        shape = mgpu.WGMMA_LAYOUT.registers_shape(codes.shape)
-        high, low = np.empty(shape, object), np.empty(shape, object)
-        for half, word, step, (p, q) in _pairs(codes, table):
-            # p and q are bytes that are neighbours in a row: two columns of either operand.
-            index = (0, 2 * word + step, 0, 0, half, 0, 0, 0, 0)
-            low[index] = _permute_bytes(p, q, 0x5410, dtype)
-            high[index] = _permute_bytes(p, q, 0x7632, dtype)
-        return operand(high), operand(low)
+        return emit_planes(codes, table, dtype)
 
     return tuple(decode(codes, table_smem))
+
+
+def emit_planes(
+    codes: mgpu.FragmentedArray, table: ir.Value, dtype: jnp.dtype
+) -> tuple[mgpu.FragmentedArray, mgpu.FragmentedArray]:
+    """What a thread does in `decode_planes`."""
+    shape = mgpu.WGMMA_LAYOUT.registers_shape(codes.shape)
+    high, low = np.empty(shape, object), np.empty(shape, object)
+    for half, word, step, (p, q) in _pairs(codes, table):
+        # p and q are bytes that are neighbours in a row: two columns of either operand.
+        index = (0, 2 * word + step, 0, 0, half, 0, 0, 0, 0)
+        low[index] = _permute_bytes(p, q, 0x5410, dtype)
+        high[index] = _permute_bytes(p, q, 0x7632, dtype)
+    return operand(high), operand(low)
 
 
 def _pairs(codes: mgpu.FragmentedArray, table: ir.Value):
