@@ -33,6 +33,8 @@ from qlora_jax.config import get_config as get_config
 from qlora_jax.config import load_config as load_config
 from qlora_jax.generation import generate as generate
 from qlora_jax.loading import load_model as load_model
+from qlora_jax.planning import Plan as Plan
+from qlora_jax.planning import plan as plan
 from qlora_jax.training import TrainResult as TrainResult
 from qlora_jax.training import load_trained as load_trained
 from qlora_jax.training import train as train

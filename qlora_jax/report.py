@@ -63,6 +63,8 @@ class ModelSize:
 def measure(lora: PyTree, frozen: PyTree) -> ModelSize:
     """Counts parameters and bytes; arrays that are no parameters (random streams) do not count.
 
+    The leaves may be abstract (`jax.ShapeDtypeStruct`).
+
     >>> size = measure({"lora_a": jnp.ones((4, 2))}, {"norm": jnp.ones(8, jnp.bfloat16)})
     >>> size.trainable, size.trainable_bytes, size.dense_bytes, size.bits_per_frozen
     (8, 32, 16, 16.0)
@@ -79,7 +81,8 @@ def measure(lora: PyTree, frozen: PyTree) -> ModelSize:
             dense.append(leaf)
 
     def total(leaves):
-        return sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+        arrays = jax.tree.leaves(leaves)
+        return sum(x.size for x in leaves), sum(x.size * x.dtype.itemsize for x in arrays)
 
     return ModelSize(*total(jax.tree.leaves(lora)), *total(quantized), *total(dense))
 

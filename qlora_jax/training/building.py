@@ -66,15 +66,33 @@ def build_model(
     Returns:
         The model in training mode, its tokenizer, and the base's fingerprint.
     """
-    quantization = dict(
+    remat = choose_remat(config.model.remat, jax.devices()[0])
+    model, tokenizer = load_model(
+        config.model.path, dtype=dtype, remat=remat, **_quantization(config)
+    )
+    fingerprint = base_fingerprint(model)
+    return adapt_model(model, config), tokenizer, fingerprint
+
+
+def _quantization(config: config_dict.ConfigDict) -> dict[str, Any]:
+    return dict(
         where=config.lora.where,
         quant_type=config.model.quant_type,
         block_size=config.model.block_size,
         double_quant=config.model.double_quant,
     )
-    remat = choose_remat(config.model.remat, jax.devices()[0])
-    model, tokenizer = load_model(config.model.path, dtype=dtype, remat=remat, **quantization)
-    fingerprint = base_fingerprint(model)
+
+
+def adapt_model(model: nnx.Module, config: config_dict.ConfigDict) -> nnx.Module:
+    """Puts new adapters on a base, quantizing it where it is not yet.
+
+    Args:
+        model: also one without values (`nnx.eval_shape`).
+        config: a whole configuration.
+
+    Returns:
+        The model in training mode.
+    """
     model = apply_qlora(
         model,
         rank=config.lora.rank,
@@ -83,10 +101,10 @@ def build_model(
         use_rslora=config.lora.use_rslora,
         lora_dtype=jnp.dtype(config.lora.dtype),
         rngs=nnx.Rngs(config.seed),
-        **quantization,
+        **_quantization(config),
     )
     model.train()
-    return model, tokenizer, fingerprint
+    return model
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], nnx.State]:
