@@ -105,6 +105,47 @@ def _evaluate(op, operands):
     raise NotImplementedError(op)
 
 
+def _execute(types, arguments, build, monkeypatch):
+    """The values that `build(*function_arguments)` returns, for arguments of these MLIR types."""
+    with mlir.make_ir_context() as context, ir.Location.unknown():
+        mgpu.dialect.register_dialect(context)
+        module = ir.Module.create()
+        with ir.InsertionPoint(module.body):
+            f = func.FuncOp("thread", ([ir.Type.parse(ty) for ty in ("i32", *types)], []))
+        with ir.InsertionPoint(f.add_entry_block()):
+            thread, *parameters = f.arguments
+            monkeypatch.setattr(mgpu.utils, "thread_idx", lambda: thread)
+            monkeypatch.setattr(mgpu.utils, "memref_ptr", lambda pointer: pointer)
+            results = build(*parameters)
+        values = dict(zip(parameters, arguments, strict=True))
+        values[thread] = np.arange(THREADS, dtype=np.uint32)[:, None]
+        for op in f.entry_block.operations:
+            operands = [values[o] for o in op.operation.operands]
+            values[op.operation.results[0]] = _evaluate(op.operation, operands)
+        return [values[result] for result in results]
+
+
+def _places(layout, shape, monkeypatch):
+    """The rows and columns that each thread has of an array, register by register."""
+
+    def build():
+        return [i for index in layout.thread_idxs(shape) for i in index]
+
+    indices = _execute((), (), build, monkeypatch)
+    span = np.arange(layout.vector_length)
+    return [(row, column + span) for row, column in zip(*[iter(indices)] * 2, strict=True)]
+
+
+def _array(layout, shape, registers, monkeypatch):
+    """The logical array of what all threads have."""
+    result, owners = np.zeros(shape, registers[0].dtype), np.zeros(shape, int)
+    for register, place in zip(registers, _places(layout, shape, monkeypatch), strict=True):
+        result[place] = register
+        np.add.at(owners, place, 1)
+    assert (owners == 1).all(), "not every element is one thread's"
+    return result
+
+
 def run(emit, memories, registers=(), *, monkeypatch):
     """What `emit(*pointers, *registers)` returns, as logical arrays.
 
@@ -114,70 +155,30 @@ def run(emit, memories, registers=(), *, monkeypatch):
         registers: pairs of a logical array and the layout that distributes it over the threads.
         monkeypatch: pytest's.
     """
-    with mlir.make_ir_context() as context, ir.Location.unknown():
-        mgpu.dialect.register_dialect(context)
-        module = ir.Module.create()
-        pointer, i32 = ir.Type.parse("!llvm.ptr<3>"), ir.IntegerType.get_signless(32)
-        arrays, layouts = [r[0] for r in registers], [r[1].to_mgpu() for r in registers]
-        vectors, shapes = [], []
-        for array, layout in zip(arrays, layouts, strict=True):
-            shapes.append(layout.registers_shape(array.shape))
-            element = mgpu.utils.dtype_to_ir_type(array.dtype)
-            ty = ir.VectorType.get((layout.vector_length,), element)
-            vectors += [ty] * int(np.prod(shapes[-1]))
-        with ir.InsertionPoint(module.body):
-            f = func.FuncOp("thread", ([i32] + [pointer] * len(memories) + vectors, []))
-        values = {}
-        with ir.InsertionPoint(f.add_entry_block()):
-            thread, *arguments = f.arguments
-            monkeypatch.setattr(mgpu.utils, "thread_idx", lambda: thread)
-            monkeypatch.setattr(mgpu.utils, "memref_ptr", lambda pointer: pointer)
-            places = [
-                [list(i) for i in layout.thread_idxs(array.shape)]
-                for array, layout in zip(arrays, layouts, strict=True)
-            ]
-            pointers, rest = arguments[: len(memories)], arguments[len(memories) :]
-            inputs = []
-            for shape, layout in zip(shapes, layouts, strict=True):
-                count = int(np.prod(shape))
-                regs, rest = np.array(rest[:count], object).reshape(shape), rest[count:]
-                inputs.append(
-                    mgpu.FragmentedArray(_registers=regs, _layout=layout, _is_signed=False)
+    start, outputs = np.zeros((THREADS, 1), np.int64), []
+    arguments = [(np.ascontiguousarray(m).reshape(-1).view(np.uint8), start) for m in memories]
+    types, inputs = ["!llvm.ptr<3>"] * len(memories), []
+    for array, layout in registers:
+        layout, name = layout.to_mgpu(), {v: k for k, v in _DTYPES.items()}[array.dtype.type]
+        pieces = [array[place] for place in _places(layout, array.shape, monkeypatch)]
+        types += [f"vector<{layout.vector_length}x{name}>"] * len(pieces)
+        arguments += pieces
+        inputs.append((layout, layout.registers_shape(array.shape), len(pieces)))
+
+    def build(*parameters):
+        fragments, parameters = list(parameters[: len(memories)]), parameters[len(memories) :]
+        for layout, shape, count in inputs:
+            own, parameters = np.array(parameters[:count], object), parameters[count:]
+            fragments.append(
+                mgpu.FragmentedArray(
+                    _registers=own.reshape(shape), _layout=layout, _is_signed=False
                 )
-            outputs = emit(*pointers, *inputs)
-            output_places = [[list(i) for i in o.layout.thread_idxs(o.shape)] for o in outputs]
-            func.ReturnOp([])
-        values[thread] = np.arange(THREADS, dtype=np.uint32)[:, None]
-        for pointer, memory in zip(pointers, memories, strict=True):
-            flat = np.ascontiguousarray(memory).reshape(-1).view(np.uint8)
-            values[pointer] = flat, np.zeros((THREADS, 1), np.int64)
-        pending = list(zip(inputs, arrays, places, strict=True))
+            )
+        outputs.extend(emit(*fragments))
+        return [register for output in outputs for register in output.registers.flat]
 
-        def feed():
-            for fragments, array, indices in pending:
-                for register, index in zip(fragments.registers.flat, indices, strict=True):
-                    row, column = (values[i] for i in index)
-                    span = np.arange(fragments.layout.vector_length)
-                    values[register] = array[row, column + span]
-            pending.clear()
-
-        known = {i for _, _, indices in pending for index in indices for i in index}
-        for op in f.entry_block.operations:
-            if op.operation.name == "func.return":
-                break
-            if pending and all(i in values for i in known):
-                feed()
-            operands = [values[o] for o in op.operation.operands]
-            values[op.operation.results[0]] = _evaluate(op.operation, operands)
-        results = []
-        for output, indices in zip(outputs, output_places, strict=True):
-            first = values[output.registers.flat[0]]
-            result, seen = np.zeros(output.shape, first.dtype), np.zeros(output.shape, int)
-            for register, index in zip(output.registers.flat, indices, strict=True):
-                row, column = (values[i] for i in index)
-                span = column + np.arange(output.layout.vector_length)
-                result[row, span] = values[register]
-                np.add.at(seen, (np.broadcast_to(row, span.shape), span), 1)
-            assert (seen == 1).all(), "not every element is one thread's"
-            results.append(result)
-        return results
+    values = iter(_execute(types, arguments, build, monkeypatch))
+    return [
+        _array(o.layout, o.shape, [next(values) for _ in o.registers.flat], monkeypatch)
+        for o in outputs
+    ]
