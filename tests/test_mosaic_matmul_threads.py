@@ -7,7 +7,8 @@ import mlir_threads
 import numpy as np
 import pytest
 
-from pallas_kernels.matmul_4bit import mosaic_columns, mosaic_pairs
+from pallas_kernels.matmul_4bit import mosaic_columns, mosaic_pairs, mosaic_scales
+from pallas_kernels.mosaic_registers import tile_layout
 
 
 def lanes_table(dtype):
@@ -53,3 +54,15 @@ def test_every_thread_decodes_its_part_of_the_columns(dtype, part, monkeypatch):
     )
     for result, want in zip(operands, expected, strict=True):
         assert np.array_equal(result.view(np.uint16), np.asarray(want).view(np.uint16))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_every_thread_takes_what_its_indices_name(dtype, monkeypatch):
+    table, index = np.arange(256).astype(dtype), random_bytes((64, 16)).astype(np.uint32)
+
+    def emit(table, index):
+        return [mosaic_scales.emit_take(table, index, np.dtype(dtype))]
+
+    layout = tile_layout(16, 1)
+    [taken] = mlir_threads.run(emit, [table], [(index, layout)], monkeypatch=monkeypatch)
+    assert np.array_equal(taken, index)

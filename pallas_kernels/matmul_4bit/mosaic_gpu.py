@@ -108,8 +108,12 @@ def matmul(
 
 
 def _default_tiles(rows: int, shape: tuple[int, int]) -> Tiles:
-    # More rows need more registers, and larger buffers.
-    base = Tiles(stages=3 if rows <= 8 else 2) if rows <= 16 else Tiles(warpgroups=2)
+    # More rows need more registers and larger buffers. With the 255 registers that a thread has at
+    # most, more than 32 rows leave none to overlap two tiles of columns.
+    if rows <= 16:
+        base = Tiles(stages=3 if rows <= 8 else 2)
+    else:
+        base = Tiles(warpgroups=2) if rows <= 32 else Tiles(warpgroups=2, blocks=1, stages=4)
     return base.with_splits(-(-shape[0] // (2 * TILE)), shape[1])
 
 

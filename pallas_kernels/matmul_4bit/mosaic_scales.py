@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float32, Int32
 
@@ -86,25 +87,35 @@ def take(table_gmem, index: Int32[Array, "*n"], *, layout: plgpu.Layout, interpr
         layout: of `index`, and of the result.
         interpret: whether the kernel runs in Pallas's interpreter.
     """
-    dtype = jnp.float32 if table_gmem.dtype == jnp.float32 else jnp.int32
+    dtype = _loaded(table_gmem.dtype)
     if interpret:
         return table_gmem[...][index].astype(dtype)
     result = plgpu.ShapeDtypeStruct(index.shape, dtype, layout=layout)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=result)
     def gather(_, table, index):
-        base = mgpu.utils.memref_ptr(table)
-        element = mgpu.utils.dtype_to_ir_type(jnp.dtype(table_gmem.dtype))
-        word = mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
-
-        def read(register):
-            where = mgpu.utils.getelementptr(base, [extract(register, 0)], element)
-            value = llvm.load(element, where)
-            return pack([value if element == word else llvm.zext(word, value)])
-
-        return map_registers(read, index, is_signed=mgpu.utils.is_signed(jnp.dtype(dtype)))
+        return emit_take(table, index, table_gmem.dtype)
 
     return gather(table_gmem, index)
+
+
+def _loaded(dtype: jnp.dtype) -> type:
+    return jnp.float32 if dtype == jnp.float32 else jnp.int32
+
+
+def emit_take(
+    table: ir.Value, index: mgpu.FragmentedArray, dtype: jnp.dtype
+) -> mgpu.FragmentedArray:
+    """What a thread does in `take`, for a table of this dtype."""
+    base, loaded = mgpu.utils.memref_ptr(table), jnp.dtype(_loaded(dtype))
+    element, word = (mgpu.utils.dtype_to_ir_type(jnp.dtype(d)) for d in (dtype, loaded))
+
+    def read(register):
+        where = mgpu.utils.getelementptr(base, [extract(register, 0)], element)
+        value = llvm.load(element, where)
+        return pack([value if element == word else llvm.zext(word, value)])
+
+    return map_registers(read, index, is_signed=mgpu.utils.is_signed(loaded))
 
 
 def store(ref, value) -> None:
