@@ -207,6 +207,8 @@ def _compute(machine: Machine, parts: list[str], inputs: list[np.ndarray]) -> np
             return x << others[0].astype(x.dtype)
         case ["shr", "u32" | "b32" | "u64"]:
             return x >> others[0].astype(x.dtype)
+        case ["bfe", "u32"]:
+            return x >> others[0] & (np.uint32(1) << others[1]) - np.uint32(1)
         case ["shf", "l", "wrap", "b32"]:
             n = others[1] & 31
             wide = others[0].astype(np.uint64) << 32 | x

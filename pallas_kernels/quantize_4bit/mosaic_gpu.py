@@ -17,9 +17,9 @@ than no bound, as in the XLA implementation.
 
 The reciprocal of the scale and the product with it are rounded as there, so that codes agree to the
 bit: `rcp.rn`, for the division of two numbers becomes an approximation here.
-GPUs keep subnormal numbers where XLA on CPUs takes them for zero: a block whose scale is
-subnormal has codes of zero everywhere, and a subnormal number in another block is rounded here as
-any other.
+GPUs keep subnormal numbers where XLA on CPUs takes them for zero. A block whose scale is subnormal
+has codes of zero everywhere; but a subnormal number in another block is rounded here as any other,
+and so are all of a block with a scale above 2**126, whose reciprocal is subnormal.
 """
 
 from __future__ import annotations
