@@ -263,14 +263,25 @@ def test_products_use_tensor_cores_without_spills(operation, target, m):
 
 
 @needs_triton
-@pytest.mark.parametrize("target", (80, 89, 90))
-def test_one_row_costs_few_instructions(target):
+@pytest.mark.parametrize("target, n, most", ((80, 4096, 4.8), (89, 4096, 4.8), (90, 8192, 4.0)))
+def test_one_row_costs_few_instructions(target, n, most):
     """The main loop at M = 1, double quantization included; an H100's memory allows about 4.6."""
-    (launch,) = compiled("matmul", target)
-    tiles = matmul_triton.Tiles.of(1, 4096, 4096)
-    weights_of_a_thread = 2 * tiles.rows * 4096 // (32 * tiles.warps)
-    steps = 4096 // (64 * tiles.warps)
-    assert longest_loop(launch.sass) * steps / weights_of_a_thread < 4.8
+    (launch,) = compiled("matmul", target, shape=(n, n))
+    tiles = matmul_triton.Tiles.of(1, n, n, target)
+    weights_of_a_thread = 2 * tiles.rows * n // (32 * tiles.warps)
+    steps = n // (64 * tiles.warps)
+    assert longest_loop(launch.sass) * steps / weights_of_a_thread < most
+
+
+@needs_triton
+@pytest.mark.parametrize("target", (80, 86, 90))
+@pytest.mark.parametrize("shape", ((4096, 4096), (8192, 8192), (17920, 6656), (256, 64)))
+def test_default_tiles_fit(target, shape):
+    for m in (1, 9, 64):
+        tiles = matmul_triton.Tiles.of(m, *shape, target)
+        programs = tiles.splits * -(-shape[0] // (2 * tiles.rows))
+        assert programs >= 104 or shape[1] < 1024  # about one for each multiprocessor
+        assert 64 * tiles.warps * tiles.splits <= max(64, shape[1])  # all of them have work
 
 
 def longest_loop(sass):

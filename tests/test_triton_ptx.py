@@ -81,3 +81,15 @@ def test_products(executes_ptx, target, quant_type, m, shape, block_size):
     if target >= 80:
         dx = matmul_triton.matmul_transposed(g, *weight, **options)
         kernels.assert_near(dx, [(np.asarray(g, np.float64), w)])
+
+
+@pytest.mark.parametrize("n", (4096, 8192))
+def test_a_row_with_the_tiles_of_a_big_weight(executes_ptx, n):
+    """Many warps, or twice the rows a program: what an H100 gets at M = 1."""
+    tiles = matmul_triton.Tiles.of(1, n, n, 90)
+    shape = (128, 2048)
+    x, _, weight, static, _, _ = kernels.matmul_inputs("nf4", "bfloat16", True, 1, shape, 64)
+    options = dict(**static, shape=shape, tiles=tiles, interpret=True, compute_capability=90)
+    y = matmul_triton.matmul(x, *weight, **options)
+    w = kernels.dense(weight, shape, **static)
+    kernels.assert_near(y, [(np.asarray(x, np.float64), w.T)])

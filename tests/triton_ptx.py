@@ -203,10 +203,22 @@ class Program:
         for i, name in enumerate(d):
             self.put(name, self.get(c[i], "f32") + np.ascontiguousarray(product[:, i]), active)
 
+    def _stmatrix(self, opcode, operands, active):
+        assert active.all()
+        words = [self.get(n, "b32") for n in self.names(operands[1])]
+        rows = np.zeros((self.threads.size // 32, 4, 8, 8), np.uint16)
+        for i, word in enumerate(words):
+            matrix = word.view(np.uint16).reshape(-1, 8, 8)  # warp, row, column
+            rows[:, i] = matrix.swapaxes(1, 2) if "trans" in opcode else matrix
+        # Lane 8 * i + j holds the address of row j of matrix i.
+        used = self.threads % 32 < 8 * len(words)
+        self.store(self.address(operands[0]), rows.view(np.uint8).reshape(-1, 16), used)
+
     def _shfl(self, opcode, operands, active):
-        assert opcode[2] == "bfly" and active.all()
-        value = self.get(operands[1], "b32")
-        self.put(operands[0], value[self.threads ^ self.get(operands[2])], active)
+        assert active.all() and opcode[2] in ("bfly", "idx") and operands[3] == "31"
+        value, lane = self.get(operands[1], "b32"), self.get(operands[2], "b32") % 32
+        lane = self.threads % 32 ^ lane if opcode[2] == "bfly" else lane
+        self.put(operands[0], value[self.threads // 32 * 32 + lane], active)
 
     def _mov(self, opcode, operands, active):
         target, source = operands

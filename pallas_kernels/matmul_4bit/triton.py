@@ -64,13 +64,24 @@ class Tiles:
             raise ValueError(f"{self.warps=} must be a power of two up to 16")
 
     @classmethod
-    def of(cls, m: int, n: int, k: int) -> Tiles:
-        """For `m` rows of `x` and a weight of shape (n, k)."""
+    def of(cls, m: int, n: int, k: int, target: int) -> Tiles:
+        """For `m` rows of `x`, a weight of shape (n, k) and a compute capability.
+
+        More rows of `W` share the work on `x` and the loop, but make fewer programs. What may be in
+        flight is bounded so that two programs fit on a multiprocessor, or one big one on sm_90,
+        whose count of multiprocessors fits LLaMA's shapes.
+        """
         rows, warps = 16, 8 if m <= 32 else 4
+        if m <= 8 and n >= (8192 if target >= 90 else 16384):
+            rows = 32
         programs = -(-n // (2 * rows))
-        splits = max(1, min(128 // programs, k // (64 * warps)))
-        chunk = 64 * (rows + 2 * _pad(m))
-        num_stages = max(2, min(4, 90_000 // (chunk * warps)))
+        if m <= 8 and target >= 90 and programs <= 132:
+            warps = 16
+        while warps > 1 and k < 128 * warps:
+            warps //= 2
+        splits = max(1, min(128 // programs, k // (128 * warps)))
+        in_flight = {80: 80, 90: 96}.get(target, 48) * 1024
+        num_stages = max(2, min(4, 1 + in_flight // (64 * (rows + 2 * _pad(m)) * warps)))
         return cls(rows, warps, splits, num_stages)
 
     @classmethod
@@ -145,7 +156,7 @@ def matmul(
     arrays = (x, codes, absmax, *scales, absmax if bias is None else bias, xa, b)
     if target < 80:
         return _row_matmul(arrays, common)
-    tiles = tiles or Tiles.of(m, n, k)
+    tiles = tiles or Tiles.of(m, n, k, target)
     (y,) = launch(
         dot_kernel,
         arrays,
