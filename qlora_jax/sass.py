@@ -16,6 +16,8 @@ _LINE = re.compile(
     r"^\s*(?P<label>\.L\w+):|/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<predicate>!?U?P\w+)\s+)?"
     r"(?P<opcode>[A-Z][A-Z0-9_]*)(?P<rest>[^;\n]*)"
 )
+# What waits for a barrier, or puts its thread to sleep in between.
+_WAITING = {"SYNCS", "NANOSLEEP", "MOV", "IMAD", "BRA", "EXIT", "NOP"}
 _ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")
 
 
@@ -63,7 +65,10 @@ def reachable(text: str) -> list[Instruction]:
 
 
 def longest_loop(text: str) -> list[Instruction]:
-    """The instructions of the natural loop with the most of them; none where there is none."""
+    """The instructions of the natural loop with the most of them; none where there is none.
+
+    A loop that does nothing but wait is not taken for one.
+    """
     blocks = _blocks(text)
     predecessors: dict[int, list[int]] = {}
     alive = _visit(blocks, 0)
@@ -77,7 +82,9 @@ def longest_loop(text: str) -> list[Instruction]:
         # Dominated: without the target, the source cannot be reached.
         if source not in _visit(blocks, 0, without=target)
     ]
-    return max((_flatten(blocks, loop) for loop in loops), key=len, default=[])
+    found = [_flatten(blocks, loop) for loop in loops]
+    work = [loop for loop in found if not {one.opcode for one in loop} <= _WAITING]
+    return max(work, key=len, default=[])
 
 
 def _loop(source: int, head: int, predecessors: dict[int, list[int]]) -> set[int]:

@@ -66,10 +66,11 @@ def test_the_loop_is_found_and_waiting_out_of_line_belongs_to_it():
     assert [one.address for one in loop] == [0x10, 0x20, 0x30, 0x40, 0x60, 0x70, 0x80]
 
 
-def test_a_jump_back_from_behind_the_end_is_no_loop():
+def test_a_jump_back_from_behind_the_end_is_no_loop_and_neither_is_waiting():
     straight = LOOP.replace("@P1 BRA `(.L_x_1)", "    NOP")
-    # What is left is the wait itself: two instructions that end in a jump to the first.
-    assert [one.address for one in sass.longest_loop(straight)] == [0x60, 0x70]
+    assert sass.longest_loop(straight) == []
+    busy = straight.replace("/*0060*/                   SYNCS.PHASECHK P0", "/*0060*/     LDS R5")
+    assert [one.address for one in sass.longest_loop(busy)] == [0x60, 0x70]
 
 
 def test_what_cannot_be_reached_is_left_out():
