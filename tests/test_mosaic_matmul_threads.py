@@ -35,9 +35,9 @@ def test_every_thread_decodes_its_part_of_the_planes(dtype, monkeypatch):
         assert np.array_equal(plane.view(np.uint16), np.asarray(want).view(np.uint16))
 
 
-def swizzled(tile):
-    """A tile of 64 x 256 bytes as TMA leaves it in shared memory."""
-    atoms = tile.reshape(8, 8, 2, 8, 16).transpose(0, 2, 1, 3, 4)
+def swizzled(halves):
+    """Two tiles of 64 x 128 bytes as TMA leaves them in shared memory."""
+    atoms = halves.reshape(2, 8, 8, 8, 16)
     row, chunk = np.ogrid[:8, :8]
     return atoms[:, :, row, chunk ^ row]
 
@@ -45,7 +45,7 @@ def swizzled(tile):
 @pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_thread_decodes_its_part_of_the_columns(dtype, part, monkeypatch):
-    codes, table = random_bytes((64, 256)), lanes_table(dtype)
+    codes, table = random_bytes((2, 64, 128)), lanes_table(dtype)
     scales = np.random.default_rng(1).normal(size=(2, 64, 5)).astype(np.float32)
     emit = functools.partial(mosaic_columns.emit_columns, part=part, dtype=jnp.dtype(dtype))
     operands = mlir_threads.run(emit, [swizzled(codes), scales, table], monkeypatch=monkeypatch)

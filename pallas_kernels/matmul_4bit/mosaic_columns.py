@@ -33,10 +33,10 @@ from pallas_kernels.matmul_4bit.mosaic_tiles import TILE
 from pallas_kernels.mosaic_registers import constant, pack
 
 COLUMNS = 4 * TILE
-_SWIZZLE = 128
+SWIZZLE = 128
 # Columns of the scales in shared memory, see `Scales.smem`.
 _SCALES_PITCH = COLUMNS // TILE + 1
-SWIZZLED = plgpu.TilingTransform((8, _SWIZZLE)), plgpu.SwizzleTransform(_SWIZZLE)
+SWIZZLED = (plgpu.SwizzleTransform(SWIZZLE),)
 
 
 def to_reduction_order(g: Float[Array, "m n"], rows: int) -> Float[Array, "m 2*rows"]:
@@ -59,7 +59,7 @@ def from_operand_rows(y: Float[Array, "tiles 4 64 m"]) -> Float[Array, "m 256*ti
 
 
 def decode_columns(
-    codes_smem: UInt8[Array, "64 256"],
+    codes_smem: UInt8[Array, "2 64 128"],
     scales_smem: Float32[Array, "2 64 5"],
     table_smem: UInt32[Array, "256 32"],
     part: int,
@@ -70,7 +70,7 @@ def decode_columns(
     """32 rows of bytes of a tile as four operands of `wgmma`, scaled.
 
     Args:
-        codes_smem: with the transforms `SWIZZLED`.
+        codes_smem: the left and the right half of a tile, with the transforms `SWIZZLED`.
         scales_smem: of the high and of the low nibbles, a column for each 64 of the tile.
         table_smem: as `fill_table` left it.
         part: which half of the rows.
@@ -79,7 +79,8 @@ def decode_columns(
     """
     if interpret:
         rows = slice(32 * part, 32 * part + 32)
-        pairs = table_smem[...][codes_smem[...][rows].astype(jnp.int32), 0]
+        codes = jnp.concatenate(list(codes_smem[...][:, rows]), axis=1)
+        pairs = table_smem[...][codes.astype(jnp.int32), 0]
         pairs = jnp.stack([pairs & 0xFFFF, pairs >> 16]).astype(jnp.uint16)
         scales = scales_smem[...][::-1, rows, :4].astype(dtype)
         w = lax.bitcast_convert_type(pairs, dtype) * jnp.repeat(scales, TILE, axis=2)
@@ -126,8 +127,8 @@ def _words(codes: ir.Value, part: int):
     i32, i8 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
     base = mgpu.utils.memref_ptr(codes)
     warp, q, j = _thread()
-    # Two warps share 128 columns, eight rows of which are 1024 bytes.
-    half_tile = arith.shli(arith.shrui(warp, constant(1)), constant(10))
+    # Two warps share 128 columns, 64 rows of which are 8192 bytes.
+    half_tile = arith.shli(arith.shrui(warp, constant(1)), constant(13))
     in_chunk = arith.shli(arith.andi(q, constant(3)), constant(2))
     chunk = arith.addi(
         arith.shli(arith.andi(warp, constant(1)), constant(2)), arith.shrui(q, constant(2))
@@ -141,7 +142,7 @@ def _words(codes: ir.Value, part: int):
             starts[t, h] = arith.addi(arith.addi(offset, half_tile), in_chunk)
 
     def word(s: int, t: int, h: int) -> ir.Value:
-        offset = arith.addi(starts[t, h], constant((4 * part + s) * 2 * 8 * _SWIZZLE))
+        offset = arith.addi(starts[t, h], constant((4 * part + s) * 8 * SWIZZLE))
         return llvm.load(i32, mgpu.utils.getelementptr(base, [offset], i8))
 
     return word

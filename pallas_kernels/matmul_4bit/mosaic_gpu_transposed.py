@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from pallas_kernels.formats import DYNAMIC_MAP
 from pallas_kernels.matmul_4bit.mosaic_columns import (
     COLUMNS,
+    SWIZZLE,
     SWIZZLED,
     decode_columns,
     from_operand_rows,
@@ -74,8 +75,8 @@ def matmul_transposed(
         NotImplementedError: for what this kernel does not serve.
     """
     check_served(g, shape, block_size, interpret)
-    if shape[1] < COLUMNS:
-        raise NotImplementedError(f"{shape[1]=} columns: {COLUMNS} at least are served")
+    if shape[1] < SWIZZLE:
+        raise NotImplementedError(f"{shape[1]=} columns: {SWIZZLE} at least are served")
     half, columns = shape[0] // 2, -(-shape[1] // COLUMNS)
     base = Tiles(warpgroups=4 if g.shape[0] <= 16 else 2, blocks=1)
     tiles = tiles or base.with_splits(columns, half)
@@ -104,9 +105,11 @@ def _partial_products(g, packed, columns, scales, tiles, interpret):
             for part in range(2):
                 g_tile = g_gmem.at[:, pl.ds(2 * row + part * TILE, TILE)]
                 plgpu.copy_gmem_to_smem(g_tile, g_smem.at[wg, slot, part], barrier)
-            # TMA fills what lies beyond the last row or column with zeros: any finite weight.
-            code_tile = codes_gmem.at[pl.ds(row, TILE), pl.ds(column * COLUMNS, COLUMNS)]
-            plgpu.copy_gmem_to_smem(code_tile, codes_smem.at[wg, slot], barrier)
+            for half_tile in range(2):
+                # TMA fills what lies beyond the last row or column with zeros: any finite weight.
+                columns = pl.ds(column * COLUMNS + half_tile * SWIZZLE, SWIZZLE)
+                code_tile = codes_gmem.at[pl.ds(row, TILE), columns]
+                plgpu.copy_gmem_to_smem(code_tile, codes_smem.at[wg, slot, half_tile], barrier)
 
         def meet():
             plgpu.barrier_arrive(meeting)
@@ -187,11 +190,11 @@ def _partial_products(g, packed, columns, scales, tiles, interpret):
         out_type=jax.ShapeDtypeStruct((tiles.splits, columns, 4, TILE, m_padded), jnp.float32),
         scratch_types=[
             plgpu.SMEM((*buffers, 2, m_padded, TILE), dtype, transforms=swizzled),
-            plgpu.SMEM((*buffers, TILE, COLUMNS), jnp.uint8, transforms=SWIZZLED),
+            plgpu.SMEM((*buffers, 2, TILE, SWIZZLE), jnp.uint8, transforms=SWIZZLED),
             plgpu.SMEM(TABLE_SHAPE, jnp.uint32),
             plgpu.SMEM((tiles.warpgroups, *scales.smem), jnp.float32),
             plgpu.SMEM((tiles.warpgroups, TILE, m_padded), jnp.float32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=tiles.warpgroups * tiles.stages),
+            plgpu.Barrier(num_arrivals=4, num_barriers=tiles.warpgroups * tiles.stages),
             plgpu.Barrier(num_arrivals=tiles.warpgroups),
         ],
         grid=(columns, tiles.splits),
