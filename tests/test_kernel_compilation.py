@@ -156,17 +156,30 @@ def test_plain_jax_compiles_where_it_is_declared(operation, dtype, target):
     agree(Case(operation, dtype=dtype, rows=16 if "matmul" in operation else 0), "xla", target)
 
 
-@pytest.mark.parametrize("target", ["h100", "rtx4090", "t4"])
-def test_a_call_of_the_public_function_ends_in_one_kernel_of_ours(target):
-    case = served_dtype(Case("dequantize"), target)
-    call = functools.partial(
-        pk.dequantize_4bit, shape=case.shape, dtype=jnp.dtype(case.dtype), quant_type="nf4"
-    )
+@pytest.mark.parametrize(
+    ("operation", "target", "kernel"),
+    [
+        ("quantize", "h100", "mosaic"),
+        ("quantize", "t4", "triton"),
+        ("dequantize", "h100", "mosaic"),
+        ("dequantize", "rtx4090", "mosaic"),
+        ("dequantize", "t4", "triton"),
+        ("matmul", "h100", "mosaic"),
+        ("matmul", "rtx4090", "triton"),
+        ("matmul", "t4", "triton"),
+    ],
+)
+def test_a_call_of_the_public_function_launches_one_kernel_of_ours(operation, target, kernel):
+    case = served_dtype(Case(operation, rows=1 if operation == "matmul" else 0), target)
+    keywords = {} if operation == "quantize" else {"shape": case.shape}
+    if operation == "dequantize":
+        keywords["dtype"] = jnp.dtype(case.dtype)
+    call = functools.partial(getattr(pk, f"{operation}_4bit"), **keywords)
     text = compile_for(call, *case.arguments(), target=target).as_text()
-    ours = re.findall(r'custom_call_target="(\w*(?:mosaic|triton)\w*)"', text)
-    assert len(ours) == 1
-    assert ("triton" in ours[0]) == (target == "t4")
-    assert "fusion(" not in text
+    ours = re.findall(r'custom_call_target="\w*(mosaic|triton)\w*"', text)
+    assert ours == [kernel]
+    # Nothing but the kernel writes a dense weight.
+    assert operation != "dequantize" or "fusion(" not in text
 
 
 def run_report(*arguments):
