@@ -33,7 +33,7 @@ DEFAULT_PARTS = ("check", "kernels", "steps")
 PARTS = (*DEFAULT_PARTS, "tune")
 BUDGET_S, DRY_RUN_S = 460.0, 170.0
 # How a run's time is divided among its parts.
-_WEIGHTS = {"check": 1.5, "kernels": 3.5, "steps": 5.0, "tune": 5.0}
+_WEIGHTS = {"check": 2.5, "kernels": 3.5, "steps": 5.0, "tune": 5.0}
 
 
 def default_rival(python: str | None) -> pathlib.Path | None:

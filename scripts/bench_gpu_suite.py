@@ -64,7 +64,9 @@ class Suite:
             env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OPENBLAS_NUM_THREADS": "2"}
         flags = []
         if self.dry_run:
-            env["JAX_PLATFORMS"] = "cpu"
+            # Pallas's interpreter takes a thread of JAX's pool for each of a kernel's, which wait
+            # for one another: with as few threads as a small machine has cores, for ever.
+            env |= {"JAX_PLATFORMS": "cpu", "NPROC": "64"}
             flags = ["--dry-run", "--interpret"]
         return Worker([sys.executable, ROOT / "scripts" / script, *flags], env)
 
