@@ -189,10 +189,17 @@ def _inline_asm(asm, constraints, values, types, is_pure, pack):
 def _execute(asm: str, registers: dict[str, np.ndarray]) -> None:
     asm = re.sub(r"\.reg [^;]*;|[{}]", "", asm)
     for statement in filter(None, map(str.strip, asm.split(";"))):
-        opcode, operands = statement.split(maxsplit=1)
+        predicate, opcode, operands = re.match(r"(?:@(\w+) )?(\S+) (.*)", statement).groups()
         target, *sources = map(str.strip, operands.split(","))
-        words = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
-        registers[target] = np.asarray(_PTX[opcode](*words), np.uint32)
+        words = [registers[s] if s in registers else _constant(s) for s in sources]
+        result = np.asarray(_PTX[opcode](*words), np.uint32)
+        if predicate is not None:
+            result = np.where(registers[predicate], result, registers[target])
+        registers[target] = result
+
+
+def _constant(text: str) -> np.uint32:
+    return np.uint32(int(text[2:], 16) if text.startswith("0f") else int(text, 0))
 
 
 def _prmt(a, b, selector):
@@ -231,7 +238,10 @@ def _flush(x: np.ndarray) -> np.ndarray:
 _PTX: dict[str, Callable] = {
     "mov.u32": lambda a: a,
     "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,
+    "selp.f32": lambda a, b, p: np.where(p, a, b),
+    "setp.gt.f32": lambda a, b: a.view(np.float32) > b.view(np.float32),
     "shr.u32": lambda a, b: a >> b,
     "shl.b32": lambda a, b: a << b,
     "lop3.b32": _lop3,

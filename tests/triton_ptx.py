@@ -44,7 +44,7 @@ def _parse(ptx: str) -> tuple[list[tuple], dict[str, int]]:
         if label := re.match(r"(\$\w+):", statement):
             labels[label[1]] = len(program)
             continue
-        match = re.match(r"[{\s]*(@!?%\w+)?\s*([a-z][\w.:]*)\s*(.*)", statement)
+        match = re.match(r"[{\s]*(@!?%?\w+)?\s*([a-z][\w.:]*)\s*(.*)", statement)
         if match:
             operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]\s]+", match[3])
             program.append((match[1], match[2].split("."), operands))

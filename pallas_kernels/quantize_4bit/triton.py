@@ -12,6 +12,7 @@ product treats subnormals as zeros, and a short last block divides as bitsandbyt
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,55 @@ class Tiles:
     num_warps: int = 4
 
 
+@functools.cache
+def encode_asm(quant_type: str) -> str:
+    """PTX that makes four bytes of codes from four ratios of each plane.
+
+    Returns:
+        Statements over `$0`, the bytes; `$1` to `$4`, the ratios of the first plane (the high
+        nibbles); `$5` to `$8`, those of the second. The number of the interval is built in place,
+        bit by bit, so that nothing is left to pack; FP4's codes are then looked up by it.
+    """
+    bounds, codes = decision_bounds(quant_type)
+    b = [f"0f{w:08X}" for w in bounds.view(np.uint32).tolist()]
+    lines = ["mov.u32 c, 0;"]
+    for i in range(8):
+        x, place = f"${1 + i}", 8 * (i % 4) + (4 if i < 4 else 0)
+        lines += [
+            f"setp.gt.f32 p3, {x}, {b[7]};",
+            f"selp.f32 e, {b[11]}, {b[3]}, p3;",
+            f"setp.gt.f32 p2, {x}, e;",
+            f"selp.f32 e, {b[5]}, {b[1]}, p2;",
+            f"selp.f32 f, {b[13]}, {b[9]}, p2;",
+            "selp.f32 e, f, e, p3;",
+            f"setp.gt.f32 p1, {x}, e;",
+            f"selp.f32 e, {b[2]}, {b[0]}, p1;",
+            f"selp.f32 f, {b[6]}, {b[4]}, p1;",
+            "selp.f32 e, f, e, p2;",
+            f"selp.f32 f, {b[10]}, {b[8]}, p1;",
+            f"selp.f32 g, {b[14]}, {b[12]}, p1;",
+            "selp.f32 f, g, f, p2;",
+            "selp.f32 e, f, e, p3;",
+            f"setp.gt.f32 p0, {x}, e;",
+        ]
+        lines += [f"@p{n} or.b32 c, c, {1 << place + n:#x};" for n in range(4)]
+    if (codes == np.arange(16)).all():
+        lines.append("mov.u32 $0, c;")
+    else:
+        words = [f"{w:#x}" for w in codes.view("<u4").tolist()]
+        lines += ["and.b32 s, c, 0x77777777;", "shr.u32 c, c, 1;"]
+        lines += ["lop3.b32 c, c, 0x44444444, 0x32103210, 0xEA;"]  # (a & b) | c
+        for half in range(2):
+            lines.append(f"prmt.b32 u, {words[0]}, {words[1]}, s;")
+            lines.append(f"prmt.b32 v, {words[2]}, {words[3]}, s;")
+            lines.append(f"prmt.b32 q{half}, u, v, c;")
+            lines += ["shr.u32 s, s, 16;", "shr.u32 c, c, 16;"]
+        lines += ["prmt.b32 u, q0, q1, 0x6420;", "prmt.b32 v, q0, q1, 0x7531;"]
+        lines += ["shl.b32 v, v, 4;", "or.b32 $0, u, v;"]
+    registers = ".reg .pred p0, p1, p2, p3; .reg .f32 e, f, g; .reg .b32 c, s, u, v, q0, q1;"
+    return "\n".join(("{", registers, *lines, "}"))
+
+
 @jit
 def _quantize_plane(
     x_ptr,
@@ -43,10 +93,8 @@ def _quantize_plane(
     block,
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BOUNDS: tl.constexpr,
-    FP4_CODES: tl.constexpr,
 ):
-    """Codes, int32 [rows, BLOCK_SIZE], of the blocks `block`; their absmax is stored."""
+    """What the blocks `block` are in units of their absmax, which is stored: [rows, BLOCK_SIZE]."""
     BLOCKS: tl.constexpr = (SIZE + BLOCK_SIZE - 1) // BLOCK_SIZE
     TINY: tl.constexpr = 1.1754943508222875e-38
     position = block.to(tl.int64)[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
@@ -64,20 +112,7 @@ def _quantize_plane(
         bits = tl.where(last, tl.maximum(bits, 0x006CE3EE), bits)
         absmax = bits.to(tl.float32, bitcast=True)
     tl.store(absmax_ptr + block, absmax, mask=block < BLOCKS)
-    b3 = ratio > BOUNDS[7]
-    b2 = ratio > tl.where(b3, BOUNDS[11], BOUNDS[3])
-    low = tl.where(b2, BOUNDS[5], BOUNDS[1])
-    high = tl.where(b2, BOUNDS[13], BOUNDS[9])
-    b1 = ratio > tl.where(b3, high, low)
-    low = tl.where(b2, tl.where(b1, BOUNDS[6], BOUNDS[4]), tl.where(b1, BOUNDS[2], BOUNDS[0]))
-    high = tl.where(b2, tl.where(b1, BOUNDS[14], BOUNDS[12]), tl.where(b1, BOUNDS[10], BOUNDS[8]))
-    b0 = ratio > tl.where(b3, high, low)
-    code = tl.where(b3, 8, 0) + tl.where(b2, 4, 0) + tl.where(b1, 2, 0) + tl.where(b0, 1, 0)
-    if FP4_CODES is not None:
-        # Sixteen nibbles in two words: the code of each interval.
-        word = tl.where(b3, FP4_CODES[1], FP4_CODES[0]).to(tl.uint32)
-        code = ((word >> ((code & 7) * 4).to(tl.uint32)) & 15).to(tl.int32)
-    return code
+    return ratio
 
 
 @jit
@@ -89,15 +124,21 @@ def _quantize_kernel(
     PLANE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    BOUNDS: tl.constexpr,
-    FP4_CODES: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     HALF: tl.constexpr = PLANE // BLOCK_SIZE
     block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first = _quantize_plane(x_ptr, absmax_ptr, block, SIZE, BLOCK_SIZE, BOUNDS, FP4_CODES)
-    second = _quantize_plane(x_ptr, absmax_ptr, block + HALF, SIZE, BLOCK_SIZE, BOUNDS, FP4_CODES)
+    first = _quantize_plane(x_ptr, absmax_ptr, block, SIZE, BLOCK_SIZE)
+    second = _quantize_plane(x_ptr, absmax_ptr, block + HALF, SIZE, BLOCK_SIZE)
     position = block.to(tl.int64)[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-    codes = (first << 4 | second).to(tl.uint8)
+    codes = tl.inline_asm_elementwise(
+        ASM,
+        "=r,f,f,f,f,f,f,f,f",
+        [first, second],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
     tl.store(codes_ptr + position, codes, mask=(block < HALF)[:, None])
 
 
@@ -131,9 +172,6 @@ def quantize(
     tiles = tiles or Tiles()
     plane = plane_size(x.size, block_size)
     rows = max(1, tiles.elements // block_size)
-    bounds, codes = decision_bounds(quant_type)
-    words = (codes.astype(np.uint64) << (4 * np.arange(16, dtype=np.uint64) % 32)).reshape(2, 8)
-    fp4_codes = tuple(int(w) for w in words.sum(axis=1)) if quant_type == "fp4" else None
     return launch(
         _quantize_kernel,
         (x.reshape(-1),),
@@ -149,6 +187,5 @@ def quantize(
         PLANE=plane,
         BLOCK_SIZE=block_size,
         ROWS=rows,
-        BOUNDS=tuple(float(b) for b in bounds),
-        FP4_CODES=fp4_codes,
+        ASM=encode_asm(quant_type),
     )
