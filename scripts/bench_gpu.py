@@ -72,12 +72,12 @@ def run(
     Raises:
         UserError: there is no GPU, or JAX does not see it, or `rival_python` is no such Python.
     """
+    end = time.monotonic() + (budget_s or (DRY_RUN_S if dry_run else BUDGET_S))
     gpu = None if dry_run else bench_gpu_machine.require_gpu()
     rival = default_rival(rival_python)
     if rival is None:
         console.print("no torch and bitsandbytes in this Python, and no --rival_python: ours alone")
     suite = Suite(dry_run=dry_run, rival_python=rival, console=console, sizes=sizes)
-    end = time.monotonic() + (budget_s or (DRY_RUN_S if dry_run else BUDGET_S))
     suite.look()
     result: dict[str, Any] = {"dry_run": dry_run, "gpu": gpu, "facts": suite.facts}
     result["versions"] = versions()
