@@ -62,6 +62,8 @@ def variants(case):
         {"block_size": 128},
         {"block_size": 1024},
         {"shape": (4098, 4032)},  # 63 * 64 columns, and rows that fit no tile
+        {"shape": (6656, 6656)},
+        {"shape": (8192, 22016)},
         {"double_quant": False},
     ]
     if case.operation in ("quantize", "dequantize"):
