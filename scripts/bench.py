@@ -22,6 +22,7 @@ from __future__ import annotations
 import datetime
 import json
 import pathlib
+import sys
 
 import bench_cpu
 import bench_gpu
@@ -102,7 +103,9 @@ def result_path(suite: str, *, dry_run: bool) -> pathlib.Path:
 
 def main() -> None:
     """Runs a suite and writes its samples."""
-    SUITES[_SUITE.value](Console(), chosen_parts(_SUITE.value, _PART.value))
+    # Where the output goes to a file, tables need not fit a terminal.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    SUITES[_SUITE.value](console, chosen_parts(_SUITE.value, _PART.value))
 
 
 if __name__ == "__main__":

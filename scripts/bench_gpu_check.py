@@ -18,6 +18,7 @@ with the implementations.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import sys
 import time
@@ -123,6 +124,15 @@ def kernel(operation: str, implementation: str) -> Any:
     return function
 
 
+def tiles_type(operation: str, implementation: str) -> Any:
+    """The dataclass of a kernel's keyword `tiles`; None where it has no such keyword."""
+    function = inspect.unwrap(kernel(operation, implementation))
+    parameter = inspect.signature(function).parameters.get("tiles")
+    if parameter is None:
+        return None
+    return getattr(inspect.getmodule(function), str(parameter.annotation).split("|")[0].strip())
+
+
 def bind(
     operation: str,
     implementation: str | None,
@@ -193,7 +203,10 @@ def check(case: dict[str, Any], *, interpret: bool) -> dict[str, Any]:
                 epilogue = random_epilogue(rng, case, dtype)
                 bias, xa, b = (part.astype(np.float64) for part in epilogue)
                 wanted = (wanted[0] + bias + xa @ b,)
-    function = bind(operation, case["implementation"], interpret, **static)
+    tiles = case.get("tiles")
+    if tiles is not None:
+        tiles = tiles_type(operation, case["implementation"])(**tiles)
+    function = bind(operation, case["implementation"], interpret, tiles, **static)
     if epilogue:
         arguments, function = (*arguments, *epilogue), functools.partial(_with_epilogue, function)
     arguments = jax.tree.map(jnp.asarray, arguments)

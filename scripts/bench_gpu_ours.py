@@ -4,6 +4,7 @@ A line of JSON for each question, an answer for each:
 
     {"compile": [[case, implementation], ...]}     all at once, in threads
     {"case": ..., "implementation": "default", "calls": 20, "warm_up": 3, "rotate_bytes": 1e8}
+    {"check": ...}                                 as scripts/bench_gpu_check.py
 
 What is reported is *device time*: the durations of a call's kernels as CUPTI records them, summed
 over the kernels of the call. Launching from Python does not count, nor do gaps between a call's
@@ -20,7 +21,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-import inspect
 import json
 import math
 import sys
@@ -31,7 +31,7 @@ from typing import Any
 import bench_gpu_cases as cases
 import jax
 import jax.numpy as jnp
-from bench_gpu_check import bind, kernel
+from bench_gpu_check import bind, check, tiles_type
 from jax.experimental.mosaic.gpu import profiler as mosaic_profiler
 
 from pallas_kernels.formats import NESTED_BLOCK_SIZE
@@ -70,6 +70,8 @@ class KernelBench:
         if "default_tiles" in question:
             made = tiles_type(*question["default_tiles"])
             return {"tiles": None if made is None else dataclasses.asdict(made())}
+        if "check" in question:
+            return check(question["check"], interpret=self._interpret)
         case, name = question["case"], question["implementation"]
         compiled = self._compile(case, name)
         if isinstance(compiled, str):
@@ -132,15 +134,6 @@ class KernelBench:
             self._weights[shape, stored] = [make(seed, shape) for seed in range(copies)]
             jax.block_until_ready(self._weights[shape, stored])
         return self._weights[shape, stored]
-
-
-def tiles_type(operation: str, implementation: str) -> Any:
-    """The dataclass of a kernel's keyword `tiles`; None where it has no such keyword."""
-    function = inspect.unwrap(kernel(operation, implementation))
-    parameter = inspect.signature(function).parameters.get("tiles")
-    if parameter is None:
-        return None
-    return getattr(inspect.getmodule(function), str(parameter.annotation).split("|")[0].strip())
 
 
 def _stored(case: cases.Case, name: str) -> str:

@@ -4,7 +4,8 @@
 
 *Tiles.* A kernel with a keyword `tiles` has a frozen dataclass of whole numbers for it. From the
 dataclass's defaults, each number is doubled and halved, the best is kept, and so on until nothing
-gets faster; what the dataclass or the kernel refuses does not count. Beside the result stands the
+gets faster; what the dataclass or the kernel refuses does not count, nor does what is fast and
+wrong. Beside the result stands the
 time of what the kernel chooses by itself.
 
 *Crossover.* For each weight shape, rows are doubled from 1. The crossover is the largest count up
@@ -52,6 +53,16 @@ class Stopwatch:
         row = self._suite.time_case(case, [("ours", name)], {"ours": self._worker})
         found = row["seconds"].get(name)
         return statistics.median(found) if found else None
+
+    def right(self, case: cases.Case, name: str, tiles: dict[str, Any]) -> bool:
+        """Whether the kernel gives the right result when it is cut so."""
+        format_ = {"quant_type": "nf4", "double_quant": True, "block_size": 64, "dtype": "bfloat16"}
+        chosen = {"implementation": name, "tiles": tiles, "epilogue": False}
+        try:
+            answer = self._worker.ask({"check": case | format_ | chosen}, timeout_s=60.0)
+        except WorkerError:
+            return False
+        return answer.get("verdict") == "ok"
 
     def default_tiles(self, operation: str, name: str) -> dict[str, Any] | None:
         """A kernel's tiles as its dataclass has them; None where it has none."""
@@ -141,7 +152,7 @@ def neighbours(tiles: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def best_tiles(
     case: cases.Case, name: str, start: dict[str, Any], watch: Any, left: Callable[[], float]
 ) -> dict[str, Any] | None:
-    """The fastest tiles within `_ROUNDS` steps of doubling or halving; None if nothing ran.
+    """The fastest right tiles within `_ROUNDS` steps of doubling or halving; None without any.
 
     Args:
         case: what is timed.
@@ -151,7 +162,18 @@ def best_tiles(
         left: how many seconds are left; a round that has begun is finished.
     """
     tried: dict[str, float] = {}
+    right: dict[str, bool] = {}
     best, default = start, watch.seconds(case, name)
+
+    def fastest(around: list[dict[str, Any]]) -> dict[str, Any]:
+        for tiles in sorted(around, key=lambda tiles: tried[json.dumps(tiles)]):
+            key = json.dumps(tiles)
+            if tried[key] < float("inf") and key not in right:
+                right[key] = watch.right(case, name, tiles)
+            if right.get(key):
+                return tiles
+        return best
+
     for _ in range(_ROUNDS):
         around = [best, *neighbours(best)]
         new = [tiles for tiles in around if json.dumps(tiles) not in tried]
@@ -159,15 +181,12 @@ def best_tiles(
         for tiles in new:
             found = watch.seconds(case | {"tiles": tiles}, name)
             tried[json.dumps(tiles)] = float("inf") if found is None else found
-        ahead = min(around, key=lambda tiles: tried[json.dumps(tiles)])
-        if ahead == best or left() < 0:
-            best = ahead
+        before, best = best, fastest(around)
+        if best == before or left() < 0:
             break
-        best = ahead
-    least = tried[json.dumps(best)]
-    if default is None or least == float("inf"):
+    if default is None or not right.get(json.dumps(best)):
         return None
-    return {"tiles": best, "seconds": least, "default_seconds": default}
+    return {"tiles": best, "seconds": tried[json.dumps(best)], "default_seconds": default}
 
 
 def write(found: dict[str, Any], folder: pathlib.Path = CROSSOVERS.parent) -> list[pathlib.Path]:

@@ -170,6 +170,8 @@ def test_refused_tiles_are_no_reason_to_start_anew(load):
     assert answer["unsupported"].startswith("ValueError") and "tile_bytes" in answer["unsupported"]
     answer = bench.answer(question | {"case": case | {"tiles": default}})
     assert len(answer["seconds"]) == 1
+    tiled = CASE | {"implementation": "mosaic_gpu", "shape": [64, 128], "tiles": default}
+    assert bench.answer({"check": tiled})["verdict"] in ("ok", "unsupported")
 
 
 class FakeWorker:
@@ -264,10 +266,11 @@ def test_goals_are_timed_first_and_nothing_twice(load):
 
 
 class FakeStopwatch:
-    """Seconds by a function."""
+    """Seconds by a function; tiles of 1 stage are wrong."""
 
     def __init__(self, seconds):
         self.seconds, self.compiled = seconds, []
+        self.right = lambda case, name, tiles: tiles.get("stages") != 1
 
     def compile(self, pairs):
         self.compiled += pairs
@@ -307,6 +310,8 @@ def test_best_tiles_are_found_by_doubling_and_halving(load):
     assert len(tried) == len(set(tried)) > 5
     found = tune.best_tiles({}, "triton", start, watch, lambda: -1.0)
     assert found["tiles"] == {"rows": 16, "stages": 2}  # the round that had begun, and no more
+    watch = FakeStopwatch(lambda case, name: float(case.get("tiles", start)["stages"]))
+    assert tune.best_tiles({}, "triton", start, watch, lambda: 1.0)["tiles"]["stages"] == 2
 
 
 def test_crossovers_are_written_as_devices_reads_them(load, tmp_path, monkeypatch):
@@ -402,6 +407,8 @@ def test_tuning_writes_what_it_timed(load, monkeypatch):
         if "default_tiles" in question:
             has_tiles = question["default_tiles"] == ["dequantize", "triton"]
             return {"tiles": {"rows": 4} if has_tiles else None}
+        if "check" in question:
+            return {"verdict": "ok"}
         rows = question["case"].get("tiles", {"rows": 4})["rows"]
         return {"seconds": [float(rows)], "clock": "kernels", "kernels": []}
 
