@@ -80,6 +80,8 @@ def matmul_transposed(
     half, columns = shape[0] // 2, -(-shape[1] // COLUMNS)
     base = Tiles(warpgroups=4 if g.shape[0] <= 16 else 2, blocks=1)
     tiles = tiles or base.with_splits(columns, half)
+    if tiles.blocks != 1:
+        raise NotImplementedError(f"{tiles.blocks=}: a buffer of g @ W holds one tile")
     packed = [codes.reshape(half, shape[1]), jnp.asarray(pair_table(quant_type, g.dtype)), absmax]
     if nested_absmax is not None:
         packed += [jnp.asarray(DYNAMIC_MAP), nested_absmax, offset.reshape(1)]
