@@ -71,3 +71,35 @@ def test_zero_max_grad_norm_turns_clipping_off():
         first_moments += [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (3,)][:1]
     np.testing.assert_allclose(first_moments[0], 10.0, rtol=1e-5)
     assert float(jnp.linalg.norm(first_moments[1])) == pytest.approx(0.03, rel=1e-5)
+
+
+def test_moments_of_16_bit_adapters_are_in_float32_and_do_not_stand_still():
+    tx = make_optimizer(1e-3, max_grad_norm=0)
+    params = {"lora_b": jnp.ones((4, 8), jnp.bfloat16)}
+    state = tx.init(params)
+    gradient = jax.tree.map(lambda x: jnp.full_like(x, 0.5), params)
+    for _ in range(30):
+        updates, state = tx.update(gradient, state, params)
+    assert updates["lora_b"].dtype == jnp.bfloat16
+    moments = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert {x.dtype for x in moments} == {jnp.dtype("float32")}
+    second = min(moments, key=lambda x: float(x.max()))
+    np.testing.assert_allclose(second, 0.25 * (1 - 0.999**30), rtol=1e-4)
+
+
+def test_float32_adapters_get_the_updates_of_adamw_to_the_bit():
+    ours = make_optimizer(1e-3, max_grad_norm=0)
+    theirs = optax.adamw(1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+    params = {"lora_a": jax.random.normal(jax.random.key(0), (8, 16))}
+    states = ours.init(params), theirs.init(params)
+    assert jax.tree.map(jnp.shape, jax.tree.leaves(states[0])) == jax.tree.map(
+        jnp.shape, jax.tree.leaves(states[1])
+    )
+    for seed in range(3):
+        gradient = jax.tree.map(lambda x, s=seed: jnp.sin(x + s), params)
+        (mine, a), (its, b) = (
+            tx.update(gradient, state, params)
+            for tx, state in zip((ours, theirs), states, strict=True)
+        )
+        states = a, b
+        np.testing.assert_array_equal(mine["lora_a"], its["lora_a"])
