@@ -120,6 +120,8 @@ def supported(operation: str, implementation: str, target: Target, dtype: jnp.dt
         return implementation == "xla" and operation != "matmul_4bit"
     if implementation == "xla":
         return True
+    if (operation, implementation) == ("matmul_4bit", "mosaic_gpu"):
+        return target.platform == "gpu" and target.architecture[0] == 9  # made of wgmma
     return target.platform == "gpu" and target.architecture >= _LEAST[implementation]
 
 

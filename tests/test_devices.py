@@ -13,6 +13,7 @@ from pallas_kernels import devices
 from pallas_kernels.devices import Target
 
 H100 = Target("NVIDIA H100 80GB HBM3", 132, "gpu", "9.0")
+A100 = Target("NVIDIA A100-SXM4-80GB", 108, "gpu", "8.0")
 T4 = Target("Tesla T4", 40, "gpu", "7.5")
 CPU = Target("cpu", None, "cpu")
 TPU = Target("TPU v5e", 1, "tpu")
@@ -64,6 +65,8 @@ def test_arguments_over_other_meshes_fit_into_tracing_for():
         ("mosaic_gpu", CPU, "bfloat16", False),
         ("triton", TPU, "bfloat16", False),
         ("mosaic_gpu", H100, "bfloat16", True),
+        ("mosaic_gpu", A100, "bfloat16", False),
+        ("triton", A100, "bfloat16", True),
         ("mosaic_gpu", T4, "float16", False),
         ("triton", T4, "float16", True),
         ("triton", T4, "bfloat16", False),

@@ -78,7 +78,8 @@ def matmul_transposed(
     if shape[1] < SWIZZLE:
         raise NotImplementedError(f"{shape[1]=} columns: {SWIZZLE} at least are served")
     half, columns = shape[0] // 2, -(-shape[1] // COLUMNS)
-    base = Tiles(warpgroups=4 if g.shape[0] <= 16 else 2, blocks=1)
+    # With more rows than 8, the 128 registers of a thread in four warpgroups do not suffice.
+    base = Tiles(warpgroups=4 if g.shape[0] <= 8 else 2, blocks=1)
     tiles = tiles or base.with_splits(columns, half)
     if tiles.blocks != 1:
         raise NotImplementedError(f"{tiles.blocks=}: a buffer of g @ W holds one tile")
