@@ -228,8 +228,10 @@ def _work(config: config_dict.ConfigDict, run: AbstractRun, size: ModelSize) -> 
 
 
 def _changes(config: config_dict.ConfigDict) -> Iterator[dict[str, Any]]:
-    """Settings that need less and less memory; the result of a step stays the same as long as it
-    can: recomputation and smaller microbatches come first.
+    """Settings that need less and less memory.
+
+    First those that leave the result of a step as it is (recomputation, smaller microbatches), then
+    the adapters' precision, then fewer rows a step, and at last shorter rows.
     """
     changes: dict[str, Any] = {}
     if config.model.remat not in ("auto", "full"):
@@ -241,6 +243,9 @@ def _changes(config: config_dict.ConfigDict) -> Iterator[dict[str, Any]]:
         yield dict(changes)
     if config.lora.dtype == "float32":
         changes["lora.dtype"] = "bfloat16"
+        yield dict(changes)
+    if config.train.grad_accum * config.train.batch_size > 1:
+        changes["train.grad_accum"] = 1  # without a second tree of gradients
         yield dict(changes)
     length = config.data.max_len
     while length > 256:
