@@ -20,7 +20,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import json
 import logging
 import pathlib
 import sys
@@ -178,71 +177,6 @@ def run(
 @functools.cache
 def _log_once(operation: str, name: str, device_kind: str, reason: str) -> None:
     _LOG.info("%s on %s: not %s (%s)", operation, device_kind, name, reason)
-
-
-@dataclasses.dataclass(frozen=True)
-class Crossover:
-    """Up to how many rows of `x` the fused product is faster than dequantize + dense product.
-
-    Attributes:
-        device_kind: where it was measured.
-        compute_capability: of that device.
-        rows: by `(out_features, in_features)`.
-    """
-
-    device_kind: str
-    compute_capability: str
-    rows: Mapping[tuple[int, int], int]
-
-    def __post_init__(self) -> None:
-        if not self.rows or min(self.rows.values()) < 0:
-            raise ValueError(f"{self.rows=}: expected a count of rows for one shape or more")
-
-    def nearest(self, shape: tuple[int, int]) -> int:
-        """The rows of the measured shape that is nearest in size."""
-        size = shape[0] * shape[1]
-        return self.rows[min(self.rows, key=lambda s: abs(s[0] * s[1] - size))]
-
-
-# Before anything is measured on a device: the fused kernels take up to 64 rows, and published
-# measurements on H100s see dequantize + cuBLAS win above about that.
-_UNMEASURED_ROWS = 64
-
-
-@functools.cache
-def crossovers() -> tuple[Crossover, ...]:
-    """What `scripts/bench.py --suite=gpu --part=tune` measured, one entry a device."""
-    path = pathlib.Path(__file__).with_name("crossovers.json")
-    if not path.exists():
-        return ()
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(
-        Crossover(
-            entry["device_kind"],
-            entry["compute_capability"],
-            {(n, k): rows for n, k, rows in entry["rows"]},
-        )
-        for entry in entries
-    )
-
-
-def fused_rows(shape: tuple[int, int], target: Target) -> int:
-    """Up to how many rows the fused product is used: of this device, else of the nearest one.
-
-    >>> fused_rows((4096, 4096), Target("", None, "cpu"))
-    0
-    """
-    if target.platform != "gpu":
-        return 0
-    if not crossovers():
-        return _UNMEASURED_ROWS
-
-    def distance(entry: Crossover) -> tuple[bool, int, int]:
-        major, minor = map(int, entry.compute_capability.split("."))
-        ours = target.architecture
-        return entry.device_kind != target.device_kind, abs(major - ours[0]), abs(minor - ours[1])
-
-    return min(crossovers(), key=distance).nearest(shape)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ time of what the kernel chooses by itself.
 to which a kernel that decodes inside the product is at least as fast as dequantizing first.
 
 Results are data. With `--write_tuning` they replace this device's entry in
-pallas_kernels/crossovers.json, which `pallas_kernels.devices.crossovers` reads, and in
+pallas_kernels/crossovers.json, which `pallas_kernels.tuning` reads, and in
 pallas_kernels/tiles.json: a list, sorted, of objects with `device_kind`, `compute_capability`,
 `operation`, `implementation`, `shape`, `rows`, `tiles` and the medians `seconds` and
 `default_seconds`.

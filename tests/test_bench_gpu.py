@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pallas_kernels import devices
+from pallas_kernels import tuning
 from pallas_kernels.dequantize_4bit import api as dequantize_api
 from pallas_kernels.matmul_4bit import api as matmul_api
 from qlora_jax.errors import UserError
@@ -314,7 +314,7 @@ def test_best_tiles_are_found_by_doubling_and_halving(load):
     assert tune.best_tiles({}, "triton", start, watch, lambda: 1.0)["tiles"]["stages"] == 2
 
 
-def test_crossovers_are_written_as_devices_reads_them(load, tmp_path, monkeypatch):
+def test_crossovers_are_written_as_the_package_reads_them(load, tmp_path, monkeypatch):
     tune = load("bench_gpu_tune")
     times = {"triton": lambda rows: rows, "dequantize": lambda rows: 20.0}
 
@@ -330,8 +330,8 @@ def test_crossovers_are_written_as_devices_reads_them(load, tmp_path, monkeypatc
     path.write_text(json.dumps([kind | {"rows": [[8, 64, 99]]}, other]))
     found = {"crossover": kind | {"rows": [[4096, 4096, rows]]}, "tiles": []}
     assert tune.write(found, tmp_path) == [path]
-    monkeypatch.setattr(devices, "__file__", str(tmp_path / "devices.py"))
-    read = {entry.device_kind: entry.rows for entry in devices.crossovers.__wrapped__()}
+    monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
+    read = {entry.device_kind: entry.rows for entry in tuning.crossovers.__wrapped__()}
     assert read == {"NVIDIA L4": {(4096, 4096): 16}, "NVIDIA A100": {(8, 64): 3}}
 
 

@@ -1,6 +1,5 @@
 """Which implementation runs where, and what happens when one declines."""
 
-import json
 import logging
 
 import jax
@@ -21,13 +20,10 @@ TPU = Target("TPU v5e", 1, "tpu")
 
 @pytest.fixture
 def forget():
-    """Clears what is remembered between calls, before and after."""
-    caches = devices._log_once, devices.crossovers
-    for cache in caches:
-        cache.cache_clear()
+    """Clears which lines were logged, before and after."""
+    devices._log_once.cache_clear()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    devices._log_once.cache_clear()
 
 
 def test_the_target_is_the_default_device_unless_something_says_otherwise():
@@ -154,23 +150,3 @@ def test_a_stack_runs_the_kernel_tensor_by_tensor():
     with devices.tracing_for(H100):
         jax.jit(jax.vmap(call)).trace(jnp.ones((5, 3), jnp.float16))
     assert set(shapes) == {(3,)}
-
-
-def test_unmeasured_devices_take_the_nearest_ones_rows(forget, tmp_path, monkeypatch):
-    assert devices.fused_rows((4096, 4096), CPU) == 0
-    entries = [
-        {"device_kind": "A", "compute_capability": "9.0", "rows": [[64, 64, 48], [4096, 4096, 32]]},
-        {"device_kind": "B", "compute_capability": "8.0", "rows": [[4096, 4096, 8]]},
-    ]
-    (tmp_path / "crossovers.json").write_text(json.dumps(entries))
-    monkeypatch.setattr(devices, "__file__", str(tmp_path / "devices.py"))
-    devices.crossovers.cache_clear()
-    assert devices.fused_rows((5120, 5120), H100) == 32
-    assert devices.fused_rows((128, 64), H100) == 48
-    assert devices.fused_rows((128, 64), Target("B", 1, "gpu", "9.0")) == 8
-    assert devices.fused_rows((128, 64), Target("", 1, "gpu", "8.6")) == 8
-
-
-def test_a_crossover_without_rows_is_refused():
-    with pytest.raises(ValueError, match="expected a count of rows"):
-        devices.Crossover("A", "9.0", {})

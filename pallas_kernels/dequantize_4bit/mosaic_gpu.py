@@ -38,6 +38,7 @@ from pallas_kernels.mosaic_decode import (
     decode_bytes,
 )
 from pallas_kernels.mosaic_registers import tile_layout
+from pallas_kernels.tuning import measured_tiles
 
 _VECTOR_BYTES = 16
 # 128 threads read at most 8 bytes each at once.
@@ -107,6 +108,7 @@ def dequantize(
         NotImplementedError: a block that is no part of a tile, less codes than a tile (2048
             elements suffice for blocks up to 1024), or 2**31 elements and more.
     """
+    tiles = tiles or measured_tiles(Tiles, "dequantize", "mosaic_gpu", shape)
     tiles = tiles or default_tiles(codes.size, block_size)
     size, dtype = math.prod(shape), jnp.dtype(dtype)
     if tiles.tile_bytes % block_size:

@@ -27,6 +27,7 @@ from pallas_kernels.triton_decode import (
     load_scales,
     multiply,
 )
+from pallas_kernels.tuning import measured_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,7 @@ def dequantize(
     size = math.prod(shape)
     if size == 0:
         raise NotImplementedError(f"{shape=} has no elements")
+    tiles = tiles or measured_tiles(Tiles, "dequantize", "triton", shape)
     tiles = tiles or Tiles(bytes_per_thread=16 // dtype.itemsize)
     plane = plane_size(size, block_size)
     segment = min(block_size, 64)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
-from pallas_kernels import devices
+from pallas_kernels import devices, tuning
 from pallas_kernels.dequantize_4bit.api import dequantize_4bit
 from pallas_kernels.formats import check_format
 from pallas_kernels.matmul_4bit import mosaic_gpu, triton, xla
@@ -78,7 +78,7 @@ def matmul_4bit(
 
     The weight is dequantized for the product, and again in the backward pass: what is kept for
     it is the packed weight. Gradients go to `x`, `bias` and `lora`; the weight's is zero by
-    definition. On a GPU a product with few rows of `x` (`devices.fused_rows`) decodes the weight
+    definition. On a GPU a product with few rows of `x` (`tuning.fused_rows`) decodes the weight
     inside the product; one with more dequantizes it first.
 
     Args:
@@ -128,7 +128,7 @@ def matmul_4bit(
 
 def _run(static, implementation, which, x, *arrays, epilogue=()):
     """The product (`which` 0) or its transpose (1) of `x [M, ·]` with the packed weight."""
-    fused = x.shape[0] <= devices.fused_rows(static.shape, devices.current_target())
+    fused = x.shape[0] <= tuning.fused_rows(static.shape, devices.current_target())
     names = [n for n in IMPLEMENTATIONS if fused or implementation or n not in _FUSED]
 
     def bound(name):

@@ -56,6 +56,7 @@ from pallas_kernels.matmul_4bit.mosaic_tiles import (
     interpret_params,
     multiply_transposed,
 )
+from pallas_kernels.tuning import measured_tiles
 
 __all__ = ["Tiles", "matmul", "matmul_transposed"]
 
@@ -99,6 +100,7 @@ def matmul(
         NotImplementedError: for what this kernel does not serve.
     """
     check_served(x, shape, block_size, interpret)
+    tiles = tiles or measured_tiles(Tiles, "matmul", "mosaic_gpu", shape, x.shape[0])
     tiles = tiles or _default_tiles(x.shape[0], shape)
     parts = _partial_products(
         x, codes, absmax, nested_absmax, offset, quant_type, block_size, shape, tiles, interpret

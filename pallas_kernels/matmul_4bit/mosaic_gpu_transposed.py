@@ -42,6 +42,7 @@ from pallas_kernels.matmul_4bit.mosaic_tiles import (
     interpret_params,
     multiply_transposed,
 )
+from pallas_kernels.tuning import measured_tiles
 
 
 def matmul_transposed(
@@ -80,6 +81,7 @@ def matmul_transposed(
     half, columns = shape[0] // 2, -(-shape[1] // COLUMNS)
     # With more rows than 8, the 128 registers of a thread in four warpgroups do not suffice.
     base = Tiles(warpgroups=4 if g.shape[0] <= 8 else 2, blocks=1)
+    tiles = tiles or measured_tiles(Tiles, "matmul_transposed", "mosaic_gpu", shape, g.shape[0])
     tiles = tiles or base.with_splits(columns, half)
     if tiles.blocks != 1:
         raise NotImplementedError(f"{tiles.blocks=}: a buffer of g @ W holds one tile")

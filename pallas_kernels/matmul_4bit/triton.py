@@ -33,6 +33,7 @@ from pallas_kernels.matmul_4bit.triton_dot import dot_kernel, transposed_kernel
 from pallas_kernels.matmul_4bit.triton_rows import row_kernel
 from pallas_kernels.triton_call import launch, resolve_target
 from pallas_kernels.triton_decode import FACTORS, decode_asm
+from pallas_kernels.tuning import measured_tiles
 
 MAX_ROWS = 64
 # Without tensor cores every row of x costs a pass over the weight.
@@ -156,6 +157,7 @@ def matmul(
     arrays = (x, codes, absmax, *scales, absmax if bias is None else bias, xa, b)
     if target < 80:
         return _row_matmul(arrays, common)
+    tiles = tiles or measured_tiles(Tiles, "matmul", "triton", shape, m)
     tiles = tiles or Tiles.of(m, n, k, target)
     (y,) = launch(
         dot_kernel,
@@ -229,6 +231,7 @@ def matmul_transposed(
     target = _check(g, shape, block_size, interpret, compute_capability)
     if target < 80:
         raise NotImplementedError(f"g @ W needs tensor cores, {target=}")
+    tiles = tiles or measured_tiles(Tiles, "matmul_transposed", "triton", shape, m)
     tiles = tiles or Tiles.of_transposed(m, n, k)
     columns = min(block_size, tiles.columns)
     (y,) = launch(

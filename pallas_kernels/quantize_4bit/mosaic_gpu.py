@@ -51,6 +51,7 @@ from pallas_kernels.mosaic_registers import (
     tile_layout,
     words,
 )
+from pallas_kernels.tuning import measured_tiles
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
 _VECTOR_BYTES = 16
@@ -95,6 +96,7 @@ def quantize(
     """
     plane = plane_size(x.size, block_size)
     # Small tiles: registers for 16 numbers a thread leave room for nine programs an SM.
+    tiles = tiles or measured_tiles(Tiles, "quantize", "mosaic_gpu", x.shape)
     tiles = tiles or Tiles(max(LEAST_TILE, block_size))
     if x.size % block_size or tiles.tile_bytes % block_size:
         raise NotImplementedError(f"{x.shape=} in blocks of {block_size}, {tiles.tile_bytes=}")

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from pallas_kernels.formats import decision_bounds, num_blocks, plane_size
 from pallas_kernels.triton_call import jit, launch, resolve_target, tl
 from pallas_kernels.triton_decode import multiply
+from pallas_kernels.tuning import measured_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,7 @@ def quantize(
     target = resolve_target(compute_capability, interpret, [x.dtype])
     if x.size == 0:
         raise NotImplementedError(f"{x.shape=} has no elements")
-    tiles = tiles or Tiles()
+    tiles = tiles or measured_tiles(Tiles, "quantize", "triton", x.shape) or Tiles()
     plane = plane_size(x.size, block_size)
     rows = max(1, tiles.elements // block_size)
     return launch(
