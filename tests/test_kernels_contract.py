@@ -169,6 +169,20 @@ def test_the_same_call_gives_the_same_bits(name):
     assert jnp.array_equal(function(x, *packed, **static), function(x, *packed, **static))
 
 
+def test_no_rows_give_no_rows_on_every_target():
+    packed = packed_weight((128, 192), "nf4", 64, True)
+    for target in (devices.current_target(), devices.Target("a GPU", 100, "gpu", "9.0")):
+
+        def loss(x):
+            y = pk.matmul_4bit(x, *packed, shape=(128, 192))
+            assert y.shape == (2, 0, 128)
+            return y.sum()
+
+        with devices.tracing_for(target):
+            gradient = jax.eval_shape(jax.grad(loss), jnp.ones((2, 0, 192)))
+        assert gradient.shape == (2, 0, 192)
+
+
 @pytest.mark.parametrize("capability", ["8.0", "8.9", "9.0"])
 def test_what_llama_needs_is_served(capability):
     """No shape of a LLaMA layer falls back to XLA's decoding on GPUs from sm_80."""

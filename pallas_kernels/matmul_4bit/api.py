@@ -18,6 +18,8 @@ from pallas_kernels.matmul_4bit import mosaic_gpu, triton, xla
 
 def _zero(x: Float[Array, "m n"]) -> Float32[Array, ""]:
     """Zero, which XLA cannot know before it has computed `x`."""
+    if not x.size:
+        return jnp.float32(0)
     bits = jax.lax.bitcast_convert_type(x[0, 0], jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     return jnp.minimum(bits, 0).astype(jnp.float32)
 
