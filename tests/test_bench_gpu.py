@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pallas_kernels import tuning
+from pallas_kernels import triton_call, tuning
 from pallas_kernels.dequantize_4bit import api as dequantize_api
 from pallas_kernels.matmul_4bit import api as matmul_api
 from qlora_jax.errors import UserError
@@ -366,6 +366,8 @@ def dry_run(load, parts, **sizes):
 
 
 def assert_everything_ran(result, names):
+    absent = {"triton"} if triton_call.triton is None else set()
+    names = [name for name in names if name not in absent]
     rows = result["check"]
     verdicts = {(row["operation"], row["implementation"]): row["verdict"] for row in rows}
     for operation in ("dequantize", "matmul", "matmul_transposed", "quantize"):
@@ -376,7 +378,7 @@ def assert_everything_ran(result, names):
     assert cases_timed == {"dequantize", "matmul", "matmul_transposed", "quantize"}
     for row in result["kernels"]["rows"]:
         assert len(row["seconds"].get("default", [])) == 2, row["not"]
-        assert not row["not"]
+        assert set(row["not"]) <= absent, row["not"]
     assert len(result["goals"]) == 8 and {goal["met"] for goal in result["goals"]} == {None}
 
 
