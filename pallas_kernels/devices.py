@@ -113,7 +113,8 @@ def supported(operation: str, implementation: str, target: Target, dtype: jnp.dt
     >>> supported("matmul_4bit", "mosaic_gpu", t4, jnp.float16)
     False
     """
-    # XLA has no bfloat16 matrix product for sm_75, and Triton no bfloat16 at all there.
+    # Cards before sm_80 have no bfloat16 arithmetic: Triton refuses, and products are not counted
+    # as served by XLA either, though it emulates them where nothing else is left.
     no_bfloat16 = target.platform == "gpu" and target.architecture < (8, 0)
     if dtype == jnp.bfloat16 and no_bfloat16:
         return implementation == "xla" and operation != "matmul_4bit"
@@ -143,7 +144,6 @@ def run(
 
     Raises:
         ValueError: `implementation` is unknown or does not serve this.
-        NotImplementedError: none does (`xla` serves all but bfloat16 products on sm_75).
     """
     target = current_target()
     if implementation is not None:

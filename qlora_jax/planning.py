@@ -42,8 +42,7 @@ from qlora_jax.training.building import (
 from qlora_jax.training.step import TrainState, init_state, make_train_step, next_token_loss
 from qlora_jax.weights import open_checkpoint
 
-# What the driver, the CUDA context and the libraries' handles take of a card; an assumption, on
-# the safe side of the 0.3 to 0.6 GiB that are usually seen.
+# What the driver, the CUDA context and the libraries' handles take of a card: an assumption.
 CONTEXT_BYTES = 768 << 20
 # Products of 16-bit matrices with float32 sums, floating-point operations a clock and
 # multiprocessor, dense, from NVIDIA's data sheets (GeForce cards run at half the rate).
@@ -188,7 +187,7 @@ def _plan(
     peak = compiled.peak_bytes
     parts["batch and metrics"] = peak - sum(parts.values())
     budget = target.memory_bytes - CONTEXT_BYTES
-    flops, traffic = _work(config, run, size)
+    flops, traffic = _work(config, run, size, target)
     peak_flops = _TENSOR_FLOPS[target.name] * target.core_count * target.clock_ghz * 1e9
     return Plan(
         device=target.name,
@@ -207,14 +206,16 @@ def _bytes(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _work(config: config_dict.ConfigDict, run: AbstractRun, size: ModelSize) -> tuple[int, int]:
+def _work(
+    config: config_dict.ConfigDict, run: AbstractRun, size: ModelSize, target: GpuTarget
+) -> tuple[int, int]:
     """Floating-point operations and bytes of a step, at least."""
     shape, batch = run.shape, run.batch["tokens"]
     microsteps, rows, length = batch.shape
     tokens = rows * length
     # Of the base's weights only the gradient to the input is taken. Full rematerialisation
     # multiplies once more.
-    passes = 3 if choose_remat(config.model.remat, find_target("h100").device) == "full" else 2
+    passes = 3 if choose_remat(config.model.remat, target.device) == "full" else 2
     head = shape.vocab_size * shape.hidden_size
     linear = 2 * tokens * (passes * size.quantized + 2 * head + (passes + 2) * size.trainable)
     width = shape.num_attention_heads * shape.head_dim
