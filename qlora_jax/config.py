@@ -67,16 +67,24 @@ def get_config() -> config_dict.ConfigDict:
     lora.dtype = "float32"
 
     config.data = data = config_dict.ConfigDict()
-    # A file, or package:<package>/<file inside it>.
+    # A published set, read as its authors read it: oasst1 | alpaca | alpaca-clean | flan_v2 | ...
+    # (docs/data.md has them all); "": records of one's own, in data.format.
+    data.name = ""
+    # A file or a directory of files, package:<package>/<file inside it>, or a name on the hub;
+    # "": where data.name is on the hub.
     data.path = ""
-    # messages | prompt_completion | text | mmlu_cot | auto (look at the first record).
+    # messages | prompt_completion | text | conversations | alpaca | input_output | mmlu_cot | auto
+    # (look at the first record).
     data.format = "auto"
     # Tokens in a sequence.
     data.max_len = 512
-    # Which tokens carry loss: assistant | all.
-    data.train_on = "assistant"
+    # Which tokens carry loss: assistant | all | auto (as the authors of data.name, else assistant).
+    data.train_on = "auto"
     # Several short records in one sequence, without attention between them.
     data.packing = True
+    # One record a sequence, records of similar length in a batch, and short batches cut short;
+    # instead of packing, so it needs data.packing = False.
+    data.group_by_length = False
     # Held-out records: a file of its own, or else this fraction of data.path.
     data.eval_path = ""
     data.eval_fraction = 0.1

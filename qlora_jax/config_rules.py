@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from qlora_jax import errors
+from qlora_jax.data import line_formats, sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class _Rule:
 
 
 def _one_of(*values: Any) -> _Rule:
-    return _Rule(lambda value: value in values, "one of " + ", ".join(map(str, values)))
+    names = ", ".join(str(value) or "'' (empty)" for value in values)
+    return _Rule(lambda value: value in values, f"one of {names}")
 
 
 def _at_least(least: int) -> _Rule:
@@ -37,6 +39,7 @@ def _is_where(value: str) -> bool:
 
 
 _NOT_EMPTY = _Rule(bool, "a file, a directory or package:<package>/<file inside it>")
+_NO_HUB = "the set is on no hub in files that can be read"
 _POSITIVE = _Rule(lambda value: 0 < value, "more than 0")
 _POSITIVE_FINITE = _Rule(lambda value: 0 < value < math.inf, "more than 0 and finite")
 _FRACTION = _Rule(lambda value: 0 <= value < 1, "at least 0 and less than 1")
@@ -54,10 +57,10 @@ _RULES = {
     "lora.dropout": _FRACTION,
     "lora.where": _Rule(_is_where, "all-linear or a regular expression"),
     "lora.dtype": _one_of(*_DTYPES),
-    "data.path": _NOT_EMPTY,
-    "data.format": _one_of("auto", "messages", "prompt_completion", "text", "mmlu_cot"),
+    "data.name": _one_of("", *sets.SETS),
+    "data.format": _one_of("auto", *line_formats.LINE_FORMATS, "mmlu_cot"),
     "data.max_len": _at_least(2),
-    "data.train_on": _one_of("assistant", "all"),
+    "data.train_on": _one_of("auto", "assistant", "all"),
     "data.eval_fraction": _FRACTION,
     "data.on_bad_record": _one_of("error", "skip"),
     "data.max_records": _at_least(0),
@@ -176,11 +179,34 @@ def range_problems(fields: Mapping[str, Any]) -> list[str]:
         >>> range_problems({"lora.rank": 0})
         ['lora.rank: got 0, needs to be at least 1']
     """
-    return [
+    problems = [
         f"{name}: got {fields[name]!r}, needs to be {rule.needs}"
         for name, rule in _RULES.items()
         if name in fields and not rule.holds(fields[name])
     ]
+    return problems or _combination_problems(fields)
+
+
+def _combination_problems(fields: Mapping[str, Any]) -> list[str]:
+    """Says which fields, each fine by itself, exclude one another."""
+    problems = []
+    name = fields.get("data.name")
+    if "data.path" in fields and not fields["data.path"]:
+        if not name:
+            problems.append(f"data.path: got '', needs to be {_NOT_EMPTY.needs}, or set data.name")
+        elif not sets.SETS[name].hub:
+            problems.append(f"data.path: got '', needs to be where you have {name}: {_NO_HUB}")
+    if name and fields.get("data.format", "auto") != "auto":
+        problems.append(
+            f"data.format: got {fields['data.format']!r}, needs to be auto: data.name={name!r} "
+            "says how the records are read"
+        )
+    if fields.get("data.group_by_length") and fields.get("data.packing"):
+        problems.append(
+            "data.group_by_length: got True with data.packing=True, needs data.packing=False: "
+            "packed sequences are full, and all of the same length"
+        )
+    return problems
 
 
 def raise_if_any(what: str, problems: Iterable[str]) -> None:

@@ -16,11 +16,13 @@ from qlora_jax.data.report import DataReport
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError
 from qlora_jax.files import resolve_path
+from qlora_jax.training.data import data_path, record_options, token_options
 from qlora_jax.weights import open_checkpoint
 
 _CONFIG = command_line.define_config(required=False)
 _DATA = flags.DEFINE_string("data", None, "a data file; takes the place of config.data.path")
 _MODEL = flags.DEFINE_string("model", None, "a model; takes the place of config.model.path")
+_NAME = flags.DEFINE_string("name", None, "a published set; takes the place of config.data.name")
 _FORMAT = flags.DEFINE_string("format", None, "takes the place of config.data.format")
 _MAX_LEN = flags.DEFINE_integer("max_len", None, "takes the place of config.data.max_len")
 _TRAIN_ON = flags.DEFINE_string("train_on", None, "takes the place of config.data.train_on")
@@ -39,27 +41,28 @@ def main() -> None:
     """Reads, tokenizes and prints."""
     settings = config.get_config() if _CONFIG.value is None else _CONFIG.value
     data = settings.data
-    given = {"path": _DATA, "format": _FORMAT, "max_len": _MAX_LEN, "train_on": _TRAIN_ON}
+    given = {"path": _DATA, "name": _NAME, "format": _FORMAT, "max_len": _MAX_LEN}
+    given["train_on"] = _TRAIN_ON
     data.update({name: flag.value for name, flag in given.items() if flag.value is not None})
     model = _MODEL.value or settings.model.path
-    if not data.path or not model:
-        raise ConfigError("need --config=file.py, or both --data=file.jsonl and --model=path")
+    if not (data.path or data.name) or not model:
+        raise ConfigError(
+            "need --config=file.py, or --model=path with --data=file.jsonl or --name=<set>"
+        )
     tokenizer = load_tokenizer(model)
     report = DataReport()
     records = load_records(
-        data.path,
-        data.format,
-        on_bad_record=data.on_bad_record,
+        data_path(settings),
         max_records=data.max_records,
         report=report,
+        **record_options(settings),
     )
     examples = tokenize_records(
         records,
         tokenizer,
-        data.max_len,
-        train_on=data.train_on,
-        on_bad_record=data.on_bad_record,
         report=report,
+        on_bad_record=data.on_bad_record,
+        **token_options(settings),
     )
     print_data(examples, report, tokenizer, seq_len=data.max_len, count=_NUM.value)
 

@@ -50,11 +50,13 @@ def test_the_whole_base():
             "dtype": "float32",
         },
         "data": {
+            "name": "",
             "path": "",
             "format": "auto",
             "max_len": 512,
-            "train_on": "assistant",
+            "train_on": "auto",
             "packing": True,
+            "group_by_length": False,
             "eval_path": "",
             "eval_fraction": 0.1,
             "on_bad_record": "error",
@@ -91,7 +93,9 @@ def test_every_rule_is_about_a_field_and_every_number_and_choice_has_one():
     assert without == {
         "model.double_quant",
         "lora.use_rslora",
+        "data.path",
         "data.packing",
+        "data.group_by_length",
         "data.eval_path",
         "sample.enabled",
     }
@@ -99,8 +103,32 @@ def test_every_rule_is_about_a_field_and_every_number_and_choice_has_one():
 
 def test_the_base_passes_once_its_paths_are_set(config):
     base.validate(config)
-    with pytest.raises(errors.ConfigError, match="model.path: got ''(.|\n)*data.path: got ''"):
+    with pytest.raises(errors.ConfigError, match="model.path: got ''"):
         base.validate(base.get_config())
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"path": ""}, "data.path: got '', needs .*, or set data.name"),
+        ({"path": "", "name": "flan_v2"}, "data.path: got '', needs to be where you have flan_v2"),
+        (
+            {"name": "alpaka"},
+            "data.name: got 'alpaka', needs to be one of '' .empty., oasst1, alpaca",
+        ),
+        ({"name": "alpaca", "format": "text"}, "data.format: got 'text', needs to be auto"),
+        ({"group_by_length": True}, "data.group_by_length: .* needs data.packing=False"),
+    ],
+)
+def test_fields_of_the_data_that_exclude_one_another(config, fields, message):
+    config.data.update(fields)
+    with pytest.raises(errors.ConfigError, match=message):
+        base.validate(config)
+
+
+def test_a_named_set_needs_no_path(config):
+    config.data.update({"name": "oasst1", "path": "", "packing": False, "group_by_length": True})
+    base.validate(config)
 
 
 def test_remat_names_are_those_of_the_model():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_packing import make_examples
 
-from qlora_jax.data.batches import BatchIterator, eval_batches, permutation, split
+from qlora_jax.data.batches import BatchIterator, eval_batches, permutation, row_lengths, split
 from qlora_jax.data.masking import Example
 from qlora_jax.errors import DataError
 
@@ -135,6 +135,68 @@ def test_restoring_into_other_data_or_another_seed_is_refused():
         make_iterator(seed=1).restore(state)
     with pytest.raises(DataError, match="position=99"):
         make_iterator().restore(state | {"position": 99})
+
+
+def lengths_of(batch):
+    """Tokens of each row that are not padding."""
+    return (batch.arrays["segment_ids"] > 0).sum(axis=-1).ravel().tolist()
+
+
+def make_grouped(count=400, seq_len=512, **options):
+    lengths = np.random.default_rng(0).integers(2, seq_len + 1, count).tolist()
+    defaults = dict(seq_len=seq_len, packing=False, group_by_length=True)
+    return make_iterator(lengths, **(defaults | options)), lengths
+
+
+def test_grouping_puts_similar_lengths_into_a_batch_and_keeps_every_example():
+    grouped, lengths = make_grouped()
+    batches = take(grouped, 100)
+    assert sorted(n for batch in batches for n in lengths_of(batch)) == sorted(lengths)
+    spreads = [max(found) - min(found) for found in map(lengths_of, batches)]
+    plain = [lengths_of(b) for b in take(make_grouped(group_by_length=False)[0], 100)]
+    plain_spreads = [max(found) - min(found) for found in plain]
+    assert np.mean(spreads) < 0.1 * np.mean(plain_spreads)
+    assert [batch.record_ids for batch in batches[:3]] != [
+        batch.record_ids for batch in take(make_grouped(seed=1)[0], 3)
+    ]
+
+
+def test_a_grouped_batch_is_cut_to_the_shortest_row_that_holds_it():
+    batches = take(make_grouped()[0], 100)
+    shapes = {batch.arrays["tokens"].shape[-1] for batch in batches}
+    assert shapes == {64, 128, 256, 512} == set(row_lengths(512))
+    for batch in batches:
+        longest = max(lengths_of(batch))
+        fitting = [length for length in row_lengths(512) if length >= longest]
+        assert {a.shape for a in batch.arrays.values()} == {(2, 2, fitting[0])}
+
+
+def test_chunks_of_a_grouped_epoch_are_sorted_longest_first():
+    grouped, lengths = make_grouped(count=1000, batch_size=1, grad_accum=2)
+    found = [lengths[row[0]] for row in grouped._epoch_rows(0)]
+    for start in range(0, 1000, 100):  # 50 batches of two rows
+        assert found[start : start + 100] == sorted(found[start : start + 100], reverse=True)
+    assert found[:100] != sorted(lengths, reverse=True)[:100]
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 130), st.integers(1, 4))
+def test_a_restored_grouped_stream_continues_to_the_bit(before, after):
+    iterator, _ = make_grouped(count=150)
+    take(iterator, before)
+    state, expected = iterator.state(), take(iterator, after)
+    fresh, _ = make_grouped(count=150)
+    fresh.restore(state)
+    assert_equal(take(fresh, after), expected)
+
+
+def test_grouping_is_part_of_what_a_run_was_started_with():
+    state = make_grouped()[0].state()
+    for options in ({"group_by_length": False}, {"batch_size": 4}):
+        with pytest.raises(DataError, match="split, packing or grouping"):
+            make_grouped(**options)[0].restore(state)
+    with pytest.raises(DataError, match="needs packing=False"):
+        make_grouped(packing=True)
 
 
 def test_evaluation_sees_every_example_once_in_a_fixed_order():

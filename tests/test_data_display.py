@@ -115,5 +115,6 @@ def test_the_script_answers_a_mistake_with_one_line():
     done = run_script("--data=/nowhere.jsonl")
     assert (done.returncode, done.stdout) == (2, "")
     assert (
-        done.stderr == "error: need --config=file.py, or both --data=file.jsonl and --model=path\n"
+        done.stderr
+        == "error: need --config=file.py, or --model=path with --data=file.jsonl or --name=<set>\n"
     )

@@ -7,7 +7,7 @@ from fake_tokenizer import FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.data.formats import Record
+from qlora_jax.data.formats import Record, pair
 from qlora_jax.data.masking import Turn, assemble, encode_pieces, tokenize_records
 from qlora_jax.data.report import DataReport
 from qlora_jax.errors import DataError
@@ -167,7 +167,7 @@ def test_train_on_all_spares_only_the_first_token():
 
 
 def test_prompt_and_completion_without_a_chat_template_are_joined():
-    record = Record("a.jsonl:1", "prompt_completion", chat("2+2=", "4").messages)
+    record = Record("a.jsonl:1", "prompt_completion", **pair("2+2=", "4"))
     tokenizer = FakeTokenizer(None, add_bos_token=True)
     example = tokenize(record, tokenizer)
     assert tokenizer.decode(example.tokens, skip_special_tokens=False) == "<s>2+2=4<|im_end|>"

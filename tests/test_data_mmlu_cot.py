@@ -110,7 +110,7 @@ def test_a_bad_question_is_named_and_can_be_skipped(tmp_path, body, message):
         ([], "file: found a list, need an object of subjects"),
         ({"anatomy": 3}, "anatomy: found a number, need text with lines"),
         ({"anatomy": HEAD}, "anatomy: found .*need text with lines"),
-        ("not json", "file: found null"),
+        ("not json", "json: found broken JSON at line 1, column 1 near 'not json'"),
     ],
 )
 def test_other_documents_are_refused(tmp_path, document, message):

@@ -16,7 +16,7 @@ LENGTHS = st.integers(1, 40).flatmap(
 
 def make_examples(lengths):
     """Examples whose tokens are all different, so that each can be found again."""
-    numbers = iter(range(1, 10_000))
+    numbers = iter(range(1, 1_000_000))
     return [
         Example(
             np.array([next(numbers) for _ in range(length)], np.int32),

@@ -39,7 +39,7 @@ def messages(*items):
             ({"role": "system", "content": ""}, USER, ANSWER, USER, ANSWER),
             "",
         ),
-        ("prompt_completion", GOOD, (USER, ANSWER), ""),
+        ("prompt_completion", GOOD, (USER, ANSWER), "2+2?4"),
         ("text", b'{"text": "Once upon\\na time", "source": "x"}\n', (), "Once upon\na time"),
     ],
 )
@@ -164,15 +164,19 @@ def test_no_bytes_end_in_another_error(tmp_path_factory, content):
 
 
 def test_files_that_are_none(tmp_path):
-    (tmp_path / "b.jsonl").write_bytes(GOOD)
+    for name in ("none", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "other" / "model.bin").write_bytes(b"x")
     cases = [
-        (tmp_path, r"is a directory, need one JSON Lines file \(in it: b.jsonl, "),
+        (tmp_path / "none", r"is a directory without a data file \(it is empty\); need a file"),
+        (tmp_path / "other", r"without a data file \(in it: model.bin\)"),
         (tmp_path / "blnk.jsonl", r"does not exist; did you mean .*blank.jsonl"),
         (write(tmp_path, b"", "empty.jsonl"), "is empty"),
         (write(tmp_path, b" \n\n", "blank.jsonl"), "holds nothing but blank lines"),
         (write(tmp_path, "{}\n".encode("utf-16"), "d.jsonl"), "found UTF-16 text, need UTF-8"),
-        (write(tmp_path, b"\x1f\x8b\x08\0", "e.jsonl.gz"), "is a gzip file.*unpack"),
-        (write(tmp_path, b'[{"text": "x"}]', "list.json"), r"one JSON list of 1 items.*jq -c"),
+        (write(tmp_path, b"\x1f\x8b\x08\0", "e.jsonl.gz"), "e.jsonl.gz:1: .* damaged or cut off"),
+        (write(tmp_path, b"PK\x03\x04", "f.zip"), "is a zip file.*unpack"),
+        (write(tmp_path, b'[{"text": "x"},\n{"te', "l.json"), "l.json: json: .* line 2, column 2"),
         (pathlib.Path("/dev/null"), "is not a regular file"),
     ]
     for path, message in cases:

@@ -135,6 +135,19 @@ def test_a_run_from_beginning_to_end(config, tmp_path):
     assert again == result and "finished" in text and "compiling" not in text
 
 
+def test_grouped_by_length_a_run_is_continued_to_the_bit(config, tmp_path):
+    config.data.packing, config.data.group_by_length = False, True
+    config.data.max_len = 64
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    _, text = run(config, straight)
+    assert "compiling (once for each of 2 lengths of rows)" in text
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stopped, on_step=interrupt_at(2))
+    result, _ = run(config, stopped)
+    states = [final_state(config, folder, result.steps)[0] for folder in (straight, stopped)]
+    assert_equal_to_the_bit(*states)
+
+
 def test_interrupted_and_continued_is_the_same_to_the_bit(config, tmp_path):
     """Dropout, packing and accumulation on; stopped once by Ctrl-C and once by a shorter run."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"

@@ -7,6 +7,11 @@ one after the other, cut every `grad_accum * batch_size` rows. A batch may there
 next epoch, and a data set smaller than one batch repeats inside it: no row is dropped and none is
 padded in, and every epoch shows each example exactly once.
 
+With `group_by_length` (and one example a row) the order of an epoch is that of the paper's code, by
+tokens: the shuffled examples are cut into chunks of up to 50 batches, and each chunk is sorted,
+longest first. Neighbours then have similar lengths wherever a batch begins, and a batch is cut to
+the shortest of a few lengths that holds its longest example (`row_lengths`).
+
 The order comes from raw Philox output, which NumPy keeps stable across versions, unlike
 `permutation`.
 """
@@ -24,6 +29,8 @@ from qlora_jax.data.packing import best_fit_decreasing, fill_rows
 from qlora_jax.errors import DataError
 
 _ORDER, _ROWS, _SPLIT = range(3)  # independent streams of one (seed, epoch)
+_CHUNK_BATCHES = 50
+_SHORTEST_ROW = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Batch:
 
     Attributes:
         arrays: `tokens`, `loss_mask`, `segment_ids`, `positions`, each int32 [A, B, T]:
-            microbatches, rows, tokens.
+            microbatches, rows, tokens. T is `seq_len`, or one of `row_lengths` when grouping.
         record_ids: for each microbatch the ids of its records, in the order of its rows.
     """
 
@@ -51,6 +58,38 @@ def permutation(count: int, seed: int, epoch: int, stream: int = _ORDER) -> list
     key = np.array([seed % 2**64, epoch], np.uint64)
     random = np.random.Philox(key=key, counter=[0, 0, 0, stream]).random_raw(count)
     return np.argsort(random, kind="stable").tolist()
+
+
+def row_lengths(seq_len: int) -> list[int]:
+    """The lengths of rows that a run compiles: T, T/2, T/4 and T/8, as long as that is worth it.
+
+    >>> row_lengths(512), row_lengths(100)
+    ([64, 128, 256, 512], [50, 100])
+    """
+    lengths = [-(-seq_len // part) for part in (8, 4, 2, 1)]
+    return [length for length in lengths if length >= min(_SHORTEST_ROW, seq_len)]
+
+
+def group_by_length(order: Sequence[int], lengths: Sequence[int], rows: int) -> list[int]:
+    """Sorts chunks of a random order, longest first.
+
+    A chunk is 50 batches, or a quarter of the data where that is less, so that there is something
+    left to shuffle.
+
+    Args:
+        order: a permutation of the examples.
+        lengths: tokens of each example.
+        rows: examples of one batch.
+
+    >>> group_by_length([3, 0, 2, 1, 4, 5, 7, 6], lengths=[1, 2, 3, 4, 5, 6, 7, 8], rows=1)
+    [3, 0, 2, 1, 5, 4, 7, 6]
+    """
+    chunk = rows * max(1, min(_CHUNK_BATCHES, len(order) // (4 * rows)))
+    return [
+        index
+        for start in range(0, len(order), chunk)
+        for index in sorted(order[start : start + chunk], key=lambda i: -lengths[i])
+    ]
 
 
 def split[Item](
@@ -95,6 +134,7 @@ class BatchIterator:
         seq_len: tokens of a row, T.
         grad_accum: microbatches of a batch, A.
         packing: share rows between examples; otherwise one example a row.
+        group_by_length: see the module; not with packing.
         seed: decides the order.
 
     Raises:
@@ -119,17 +159,22 @@ class BatchIterator:
         seq_len: int,
         grad_accum: int = 1,
         packing: bool = True,
+        group_by_length: bool = False,
         seed: int = 0,
     ):
         for name, value in (("batch_size", batch_size), ("grad_accum", grad_accum)):
             if value < 1:
                 raise DataError(f"{name}={value}: need at least 1")
+        if packing and group_by_length:
+            raise DataError("group_by_length=True needs packing=False: packed rows are all full")
         _check_examples(examples, seq_len)
         self._examples = list(examples)
         self._shape = (grad_accum, batch_size, seq_len)
         self._packing = packing
+        # Where groups begin depends on the rows of a batch, so these belong to the state then.
+        self._grouped = grad_accum * batch_size if group_by_length else 0
         self._seed = seed
-        self._data = _checksum(examples, seq_len, packing)
+        self._data = _checksum(examples, seq_len, packing, self._grouped)
         self._epoch, self._position = 0, 0
         self._rows = self._epoch_rows(0)
 
@@ -149,6 +194,9 @@ class BatchIterator:
     def __next__(self) -> Batch:
         grad_accum, batch_size, seq_len = self._shape
         rows = [self._next_row() for _ in range(grad_accum * batch_size)]
+        if self._grouped:
+            longest = max(len(row[0].tokens) for row in rows)
+            seq_len = next(length for length in row_lengths(seq_len) if length >= longest)
         return make_batch(rows, grad_accum, batch_size, seq_len)
 
     def _next_row(self) -> list[Example]:
@@ -161,6 +209,9 @@ class BatchIterator:
 
     def _epoch_rows(self, epoch: int) -> list[list[int]]:
         order = permutation(len(self._examples), self._seed, epoch)
+        if self._grouped:
+            lengths = [len(example.tokens) for example in self._examples]
+            order = group_by_length(order, lengths, self._grouped)
         if not self._packing:
             return [[i] for i in order]
         lengths = [len(self._examples[i].tokens) for i in order]
@@ -185,7 +236,7 @@ class BatchIterator:
         if int(state["data"]) != self._data:
             raise DataError(
                 "the data is not what the run was started with (another file, tokenizer, max_len, "
-                "split or packing); restore what it was, or start in a new work directory"
+                "split, packing or grouping); restore what it was, or start in a new work directory"
             )
         if int(state["seed"]) != self._seed:
             raise DataError(
@@ -272,9 +323,10 @@ def _check_examples(examples: Sequence[Example], seq_len: int) -> None:
         )
 
 
-def _checksum(examples: Sequence[Example], seq_len: int, packing: bool) -> int:
+def _checksum(examples: Sequence[Example], seq_len: int, packing: bool, grouped: int) -> int:
     """CRC-32 of everything that decides the rows."""
-    value = zlib.crc32(f"{seq_len} {packing} {len(examples)}".encode())
+    by_length = f" by length in {grouped}" if grouped else ""
+    value = zlib.crc32(f"{seq_len} {packing} {len(examples)}{by_length}".encode())
     for example in examples:
         for array in (example.tokens, example.loss_mask):
             value = zlib.crc32(np.asarray(array, "<i4").tobytes(), value)

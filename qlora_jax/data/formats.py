@@ -1,13 +1,16 @@
-"""The record formats: from one JSON object of a file to a `Record`.
+"""What a record is, and what must be true of it.
 
-A format is a name, the keys that give it away, and a function. All formats end in one of two
-shapes: a conversation (`messages`, to be rendered by the model's chat template) or plain `text`.
+All formats end in one or both of two shapes: a conversation (`messages`, to be rendered by a chat
+template) and a literal `text` with the `spans` of it that the assistant writes (none: all of it is
+to be learned, as in plain text). A set of instructions such as Alpaca has both: the messages, and
+the text as its authors wrote it.
+
 Whatever is wrong with an object is raised as a `BadField`, which says the field, what was found and
 what is needed; the reader adds the file and line.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
@@ -29,19 +32,22 @@ class Record:
         format: name of the format it was read from.
         messages: `{"role", "content"}` dictionaries: at most one system message, then user and
             assistant in turn, the last one by the assistant. Empty for plain text.
-        text: the plain text; empty for a conversation.
+        text: the literal text; empty where only a chat template can write the conversation.
+        spans: start and end characters of the parts of `text` that the assistant writes; none if
+            all of it is to be learned.
     """
 
     record_id: str
     format: str
     messages: tuple[Mapping[str, str], ...] = ()
     text: str = ""
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def prompt(self) -> list[dict[str, str]]:
         """The messages before the last answer, in the form `generate` takes.
 
-        >>> parse_object({"prompt": "2+2?", "completion": "4"}, "prompt_completion", "a:1").prompt
+        >>> Record("a:1", "prompt_completion", **pair("2+2?", "4")).prompt
         [{'role': 'user', 'content': '2+2?'}]
         """
         return [dict(message) for message in self.messages[:-1]]
@@ -99,6 +105,11 @@ def check_text(value: Any, field: str, need: str, *, allow_empty: bool = False) 
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
+        if "\udc80" <= value[error.start] <= "\udcff":
+            byte = ord(value[error.start]) - 0xDC00
+            found = f"byte 0x{byte:02x} at position {error.start}, which is not UTF-8"
+            need_utf8 = "UTF-8 (iconv -f LATIN1 -t UTF-8 converts old files)"
+            raise BadField(field, found, need_utf8) from None
         found = f"half of a surrogate pair ({value[error.start]!a}) at position {error.start}"
         raise BadField(
             field, found, "valid Unicode; write the character itself or both halves"
@@ -158,63 +169,39 @@ def _check_message(message: Any, field: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _parse_messages(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"messages": check_messages(require(record, "messages", "the list of messages"))}
+def parse_pair(
+    record: Mapping[str, Any], source: str = "prompt", target: str = "completion"
+) -> dict[str, Any]:
+    """Reads a question and its answer: the text is one after the other, with nothing between.
 
-
-def _parse_prompt_completion(record: Mapping[str, Any]) -> dict[str, Any]:
-    prompt = check_text(require(record, "prompt", "the question"), "prompt", "non-empty text")
-    need = "the answer as non-empty text"
-    completion = check_text(require(record, "completion", need), "completion", need)
-    return {
-        "messages": (
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": completion},
-        )
-    }
-
-
-def _parse_text(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"text": check_text(require(record, "text", "non-empty text"), "text", "non-empty text")}
-
-
-@dataclasses.dataclass(frozen=True)
-class LineFormat:
-    """A format with one record a line: the keys that give it away, and how to read an object."""
-
-    keys: frozenset[str]
-    parse: Callable[[Mapping[str, Any]], dict[str, Any]]
-
-
-LINE_FORMATS = {
-    "messages": LineFormat(frozenset({"messages"}), _parse_messages),
-    "prompt_completion": LineFormat(frozenset({"prompt", "completion"}), _parse_prompt_completion),
-    "text": LineFormat(frozenset({"text"}), _parse_text),
-}
-
-
-def parse_object(record: Any, format: str, record_id: str) -> Record:
-    """Turns one JSON object into a `Record`.
-
-    >>> parse_object({"text": "Once upon a time"}, "text", "tales.jsonl:1").text
-    'Once upon a time'
+    Args:
+        record: one object.
+        source: the key of the question.
+        target: the key of the answer.
 
     Raises:
-        BadField: if a field is missing, empty or of the wrong kind.
+        BadField: if one of them is missing or blank.
     """
-    if not isinstance(record, dict):
-        raise BadField("record", describe(record), "one JSON object a line")
-    return Record(record_id, format, **LINE_FORMATS[format].parse(record))
+    need = "the answer as non-empty text"
+    question = check_text(require(record, source, "the question"), source, "non-empty text")
+    answer = check_text(require(record, target, need), target, need)
+    return pair(question, answer)
 
 
-def detect_format(record: Any) -> str | None:
-    """Names the line format whose keys an object has, or None.
+def pair(source: str, target: str, question: str = "") -> dict[str, Any]:
+    """The fields of a `Record` with one question and one answer.
 
-    >>> detect_format({"prompt": "2+2?", "completion": "4"}), detect_format({"question": "2+2?"})
-    ('prompt_completion', None)
+    Args:
+        source: the prompt, literally.
+        target: the answer, literally.
+        question: what the user's message is where it is not the whole prompt.
+
+    >>> pair("Q: 2+2?\\nA: ", "4", question="2+2?")["spans"]
+    ((11, 12),)
     """
-    if isinstance(record, dict):
-        for name, line_format in LINE_FORMATS.items():
-            if line_format.keys <= record.keys():
-                return name
-    return None
+    messages = ("user", question or source), ("assistant", target)
+    return {
+        "messages": tuple({"role": role, "content": content} for role, content in messages),
+        "text": source + target,
+        "spans": ((len(source), len(source) + len(target)),),
+    }

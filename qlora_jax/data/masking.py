@@ -92,6 +92,7 @@ def tokenize_records(
     train_on: TrainOn = "assistant",
     on_bad_record: Literal["error", "skip"] = "error",
     report: DataReport | None = None,
+    literal: bool = False,
 ) -> list[Example]:
     """Renders, tokenizes and masks records.
 
@@ -102,13 +103,14 @@ def tokenize_records(
     Args:
         records: what `load_records` gives.
         tokenizer: the model's tokenizer. With a chat template all conversations go through it;
-            without one, `prompt` and `completion` are joined as they are and closed with the end
-            token.
+            without one, their literal text (prompt and completion, one after the other) is closed
+            with the end token.
         max_len: most tokens of an example, at least 3.
         train_on: "assistant" puts loss on the answers, "all" on every token. Plain text always has
             loss on every token.
         on_bad_record: what to do when the chat template refuses a record: "error" or "skip".
         report: takes the counts; without one, skipped and dropped records are reported in the log.
+        literal: prefer a record's literal text to the chat template.
 
     Returns:
         The examples in the order of the records; each has at least one token with loss.
@@ -118,12 +120,12 @@ def tokenize_records(
             token with loss; then one of them is shown.
 
     >>> import tokenizers
+    >>> from qlora_jax.data.formats import pair
     >>> from qlora_jax.data.tokenizer import Tokenizer
     >>> words = tokenizers.models.WordLevel({"2+2=": 0, "4": 1, "</s>": 2}, unk_token="</s>")
     >>> backend = tokenizers.Tokenizer(words)
     >>> backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    >>> messages = {"role": "user", "content": "2+2= "}, {"role": "assistant", "content": "4"}
-    >>> record = Record("a.jsonl:1", "prompt_completion", messages)
+    >>> record = Record("a.jsonl:1", "prompt_completion", **pair("2+2= ", "4"))
     >>> examples = tokenize_records([record], Tokenizer(backend, eos_token_ids=[2]), max_len=8)
     >>> examples[0].tokens.tolist(), examples[0].loss_mask.tolist()
     ([0, 1, 2], [0, 1, 1])
@@ -140,7 +142,7 @@ def tokenize_records(
     dropped: list[tuple[str, list[Turn]]] = []
     for record in records:
         try:
-            turns = record_turns(record, tokenizer, train_on)
+            turns = record_turns(record, tokenizer, train_on, literal)
         except BadField as problem:
             if on_bad_record == "error":
                 raise DataError(f"{record.record_id}: {problem}") from None
@@ -161,35 +163,44 @@ def tokenize_records(
     return examples
 
 
-def record_turns(record: Record, tokenizer: ChatTokenizer, train_on: TrainOn) -> list[Turn]:
+def record_turns(
+    record: Record, tokenizer: ChatTokenizer, train_on: TrainOn, literal: bool = False
+) -> list[Turn]:
     """Tokenizes one record into turns, whatever their length.
 
     Raises:
         BadField: if the chat template refuses the record, or the mask would not be exact.
     """
-    if record.text:
-        return [
-            _whole(_with_bos(tokenizer.encode(record.text), tokenizer), tokenizer, add_end=True)
-        ]
-    if tokenizer.chat_template and train_on == "all":
-        text = _render(record.messages, tokenizer)
-        return [_whole(tokenizer.encode(text), tokenizer, add_end=False)]
-    if tokenizer.chat_template:
+    if record.messages and tokenizer.chat_template and not (literal and record.text):
+        if train_on == "all":
+            text = _render(record.messages, tokenizer)
+            return [_whole(tokenizer.encode(text), tokenizer, add_end=False)]
         text, spans = render_spans(record.messages, tokenizer)
-        pieces = encode_pieces(text, spans, tokenizer)
-    elif record.format == "prompt_completion":
-        prompt, completion = (message["content"] for message in record.messages)
-        spans = [(len(prompt), len(prompt) + len(completion))]
-        pieces = encode_pieces(prompt + completion, spans, tokenizer)
-        pieces[0] = _with_bos(pieces[0], tokenizer)
-        pieces[1] = pieces[1] + _end(tokenizer)
-    else:
-        need = (
-            "a model with one (an instruct model), or records of prompt and completion, or of text"
-        )
+        return _turns(encode_pieces(text, spans, tokenizer), tokenizer)
+    if not record.text:
+        need = "a model with one (an instruct model), or records with literal text"
         raise BadField("messages", "a conversation, but the model has no chat template", need)
-    if train_on == "all":
-        return [_whole(list(itertools.chain(*pieces)), tokenizer, add_end=False)]
+    pieces = _literal_pieces(record, tokenizer)
+    pieces[0] = _with_bos(pieces[0], tokenizer)
+    if train_on == "all" or not record.spans:
+        return [_whole(list(itertools.chain(*pieces)), tokenizer, add_end=True)]
+    if record.spans[-1][1] == len(record.text):
+        pieces[-2] = pieces[-2] + _end(tokenizer)
+    return _turns(pieces, tokenizer)
+
+
+def _literal_pieces(record: Record, tokenizer: ChatTokenizer) -> list[list[int]]:
+    """Encodes a literal text between the borders of its spans, or else each part by itself."""
+    try:
+        return encode_pieces(record.text, record.spans, tokenizer)
+    except BadField:
+        # A tokenizer that sets a space before every text, and a prompt that ends with one: the
+        # authors of the sets encode prompt and answer apart too.
+        return [tokenizer.encode(part) for part in _parts(record.text, record.spans)]
+
+
+def _turns(pieces: Sequence[list[int]], tokenizer: ChatTokenizer) -> list[Turn]:
+    """Makes turns of context, answer, context, answer, ..., rest."""
     turns, tail = [], []
     for context, target in zip(pieces[::2], pieces[1::2], strict=False):
         end = _end_position(target, tokenizer)
@@ -306,24 +317,27 @@ def encode_pieces(
     Raises:
         BadField: if the tokenizer cannot encode a piece by itself.
     """
-    borders = [0, *itertools.chain(*spans), len(text)]
-    pieces = [
-        tokenizer.encode(text[start:end]) if end > start else []
-        for start, end in itertools.pairwise(borders)
-    ]
+    pieces = [tokenizer.encode(part) if part else [] for part in _parts(text, spans)]
     if list(itertools.chain(*pieces)) == tokenizer.encode(text):
         return pieces
     # A tokenizer that sets a space before every text it is given, or a border inside a token.
-    pieces, ids = [], []
-    for start, end in itertools.pairwise(borders):
+    pieces, ids, end = [], [], 0
+    for part in _parts(text, spans):
+        end += len(part)
         prefix = tokenizer.encode(text[:end])
         piece = prefix[len(ids) :]
         if prefix[: len(ids)] != ids:
-            piece = tokenizer.encode(text[start:end]) if end > start else []
+            piece = tokenizer.encode(part) if part else []
             _check_same_text(ids + piece, prefix, tokenizer)
         pieces.append(piece)
         ids = ids + piece
     return pieces
+
+
+def _parts(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """Cuts a text at the borders of its spans: an odd number of parts, some maybe empty."""
+    borders = [0, *itertools.chain(*spans), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(borders)]
 
 
 def _check_same_text(ids: list[int], whole: list[int], tokenizer: ChatTokenizer) -> None:

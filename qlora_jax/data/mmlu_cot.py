@@ -15,7 +15,6 @@ formulas LaTeX whose backslash escapes were swallowed before publication (`\frac
 break and `rac`); those are kept as they are.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -100,6 +99,9 @@ def _split_options(block: str) -> tuple[str, dict[str, str]]:
 def read_mmlu_cot(document: Any, name: str) -> Iterator[tuple[str, Record | BadField]]:
     """Yields each question's place ("file.json:subject:3") with its record, or with what is wrong
     with it."""
+    if isinstance(document, BadField):
+        yield name, document
+        return
     if not isinstance(document, dict):
         yield name, BadField("file", describe(document), "an object of subjects (format mmlu_cot)")
         return
@@ -116,11 +118,3 @@ def read_mmlu_cot(document: Any, name: str) -> Iterator[tuple[str, Record | BadF
                 yield where, parse_question(subject, body, where)
             except BadField as problem:
                 yield where, problem
-
-
-def load_document(raw: bytes) -> Any:
-    """Parses a whole JSON file; None if it is not one JSON document."""
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
-        return None

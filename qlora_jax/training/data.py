@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ml_collections import config_dict
 
 from qlora_jax.data import batches, masking, records
 from qlora_jax.data.report import DataReport
+from qlora_jax.data.sets import SETS
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import DataError
 from qlora_jax.files import fingerprint, resolve_path
@@ -44,11 +46,11 @@ def load_training_data(config: config_dict.ConfigDict, tokenizer: Tokenizer) -> 
         DataError: a record is bad (with `on_bad_record="error"`), or nothing is left to train on.
     """
     data, report = config.data, DataReport()
-    options = dict(format=data.format, on_bad_record=data.on_bad_record, report=report)
-    trained = records.load_records(data.path, max_records=data.max_records, **options)
-    hashes = [fingerprint(resolve_path(data.path))]
+    path, options = data_path(config), record_options(config)
+    trained = records.load_records(path, max_records=data.max_records, report=report, **options)
+    hashes = [fingerprint(resolve_path(path))]
     if data.eval_path:
-        heldout = records.load_records(data.eval_path, **options)
+        heldout = records.load_records(data.eval_path, report=report, **options)
         hashes.append(fingerprint(resolve_path(data.eval_path)))
     else:
         trained, heldout = batches.split(trained, data.eval_fraction, config.seed)
@@ -57,18 +59,46 @@ def load_training_data(config: config_dict.ConfigDict, tokenizer: Tokenizer) -> 
         return masking.tokenize_records(
             chosen,
             tokenizer,
-            data.max_len,
-            train_on=data.train_on,
-            on_bad_record=data.on_bad_record,
             report=report,
+            on_bad_record=data.on_bad_record,
+            **token_options(config),
         )
 
     examples, heldout_examples = tokenize(trained), tokenize(heldout) if heldout else []
     if not examples:
-        raise DataError("\n".join([f"{data.path}: no record is left to train on", *report.lines()]))
+        raise DataError("\n".join([f"{path}: no record is left to train on", *report.lines()]))
     return TrainingData(
         examples, heldout_examples, choose_question(heldout), "+".join(hashes), report
     )
+
+
+def data_path(config: config_dict.ConfigDict) -> str:
+    """Where the records are: `data.path`, or else the named set's place on the hub.
+
+    >>> data_path(config_dict.ConfigDict({"data": {"path": "", "name": "oasst1"}}))
+    'timdettmers/openassistant-guanaco'
+    """
+    return config.data.path or SETS[config.data.name].hub
+
+
+def record_options(config: config_dict.ConfigDict) -> dict[str, Any]:
+    """What `load_records` is told of a configuration."""
+    data = config.data
+    return {"format": data.name or data.format, "on_bad_record": data.on_bad_record}
+
+
+def token_options(config: config_dict.ConfigDict) -> dict[str, Any]:
+    """What `tokenize_records` is told of a configuration."""
+    data = config.data
+    train_on, literal = data.train_on, False
+    if data.name:
+        train_on = SETS[data.name].train_on if train_on == "auto" else train_on
+        literal = SETS[data.name].literal
+    return {
+        "max_len": data.max_len,
+        "train_on": "assistant" if train_on == "auto" else train_on,
+        "literal": literal,
+    }
 
 
 def choose_question(heldout: list[records.Record]) -> str | list[dict[str, str]] | None:

@@ -23,7 +23,7 @@ from ml_collections import config_dict
 
 from qlora_jax import config as config_lib
 from qlora_jax.checkpoint import Checkpointer
-from qlora_jax.data.batches import BatchIterator, eval_batches
+from qlora_jax.data.batches import BatchIterator, eval_batches, row_lengths
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import CheckpointError, TrainingError
 from qlora_jax.generation import generate
@@ -42,7 +42,7 @@ from qlora_jax.training.card import (
     this_python,
     versions,
 )
-from qlora_jax.training.data import load_training_data, question_text
+from qlora_jax.training.data import data_path, load_training_data, question_text
 from qlora_jax.training.loop import Hooks, Intervals, run_steps
 from qlora_jax.training.step import (
     TrainState,
@@ -202,6 +202,7 @@ class _Run:
             seq_len=config.data.max_len,
             grad_accum=config.train.grad_accum,
             packing=config.data.packing,
+            group_by_length=config.data.group_by_length,
             seed=config.seed,
         )
         self.steps = config.train.steps or self.batches.num_batches(config.train.epochs)
@@ -251,7 +252,7 @@ class _Run:
                 f": LoRA of rank {config.lora.rank} in {config.lora.dtype}",
             ),
             ("compute", f"{self.dtype.name} on {device.device_kind}: {self.dtype_reason}"),
-            ("data", config.data.path),
+            ("data", data_path(config)),
             ("records", f"{len(data.train):,} to train on, {len(data.heldout):,} held out"),
             (
                 "run",
@@ -277,7 +278,7 @@ class _Run:
         if latest is None:
             return
         state, metadata = self.checkpointer.restore(latest, self.state)
-        paths = {"base": self.config.model.path, "data": self.config.data.path}
+        paths = {"base": self.config.model.path, "data": data_path(self.config)}
         now = {"base": self.fingerprint, "data": self.data.fingerprint}
         for what, path in paths.items():
             self.directory.check_same(path, metadata[f"{what}_fingerprint"], now[what])
@@ -288,14 +289,13 @@ class _Run:
 
     def _compile(self) -> Callable:
         """Compiles the step before its first use, so that the wait has a name and a duration."""
-        train = self.config.train
-        shape = (train.grad_accum, train.batch_size, self.config.data.max_len)
-        names = ("tokens", "loss_mask", "segment_ids", "positions")
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-        step = make_train_step(self.graphdef, self.tx, loss_fn=self.loss_fn)
-        with self.report.busy("compiling (once)") as notes:
-            compiled = compile_step(step, self.state, self.frozen, batch)
-            if memory := compiled.memory_analysis():
+        seq_len = self.config.data.max_len
+        lengths = row_lengths(seq_len) if self.config.data.group_by_length else [seq_len]
+        once = "once" if len(lengths) == 1 else f"once for each of {len(lengths)} lengths of rows"
+        with self.report.busy(f"compiling ({once})") as notes:
+            compiled = {length: self._compile_length(length) for length in lengths}
+            longest = compiled[seq_len]
+            if memory := longest.memory_analysis():
                 peak = (
                     memory.argument_size_in_bytes
                     + memory.output_size_in_bytes
@@ -303,7 +303,19 @@ class _Run:
                     + memory.temp_size_in_bytes
                 )
                 notes.append(f"a step needs {format_bytes(peak)}")
-        return compiled
+
+        def step(state: TrainState, frozen: nnx.State, batch: Mapping[str, Any]):
+            return compiled[batch["tokens"].shape[-1]](state, frozen, batch)
+
+        return step
+
+    def _compile_length(self, seq_len: int) -> jax.stages.Compiled:
+        train = self.config.train
+        shape = (train.grad_accum, train.batch_size, seq_len)
+        names = ("tokens", "loss_mask", "segment_ids", "positions")
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+        step = make_train_step(self.graphdef, self.tx, loss_fn=self.loss_fn)
+        return compile_step(step, self.state, self.frozen, batch)
 
     def _train(self, step_fn: Callable) -> None:
         """Takes the steps that are missing."""
