@@ -42,7 +42,8 @@ def get_config() -> config_dict.ConfigDict:
     config.seed = 0
 
     config.model = model = config_dict.ConfigDict()
-    # A GGUF file, a directory of safetensors, or package:<package>/<file inside it>.
+    # A GGUF file, a directory of safetensors, package:<package>/<file inside it>, or a name on the
+    # Hugging Face Hub: owner/name, owner/name/file.gguf, either with @revision.
     model.path = ""
     # What the frozen base is stored in: nf4 | fp4 | int4.
     model.quant_type = "nf4"

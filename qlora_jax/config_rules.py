@@ -38,7 +38,10 @@ def _is_where(value: str) -> bool:
     return bool(value)
 
 
-_NOT_EMPTY = _Rule(bool, "a file, a directory or package:<package>/<file inside it>")
+_NOT_EMPTY = _Rule(
+    bool,
+    "a file, a directory, package:<package>/<file inside it> or a name on the Hugging Face Hub",
+)
 _NO_HUB = "the set is on no hub in files that can be read"
 _POSITIVE = _Rule(lambda value: 0 < value, "more than 0")
 _POSITIVE_FINITE = _Rule(lambda value: 0 < value < math.inf, "more than 0 and finite")

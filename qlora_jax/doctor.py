@@ -22,6 +22,7 @@ _GIB = 1 << 30
 # Module to look for, what is missing without it, and how to get it.
 _OPTIONAL = {
     "jax_cuda13_plugin": ("NVIDIA GPUs", "pip install -e '.[cuda]'"),
+    "huggingface_hub": ("models from the Hugging Face Hub", "pip install -e '.[hub]'"),
     "pytest": ("the test suite", "pip install -e '.[dev]'"),
 }
 # What `make quickstart` runs on.

@@ -1,15 +1,17 @@
 """Finding a model or data file by what a user writes, and telling two files apart by content.
 
 A path is either a local one, or `package:<package>/<file inside it>` for material that an installed
-Python package ships. Such a package is looked up, never imported: importing could run anything.
+Python package ships, or, for models and data, a name on the Hugging Face Hub (`hub.py`). A package
+is looked up, never imported: importing could run anything.
 """
 
 import importlib.util
 import pathlib
+from collections.abc import Iterable, Sequence
 
 import xxhash
 
-from qlora_jax import errors
+from qlora_jax import errors, hub
 
 _PACKAGE_PREFIX = "package:"
 _CHUNK_BYTES = 1 << 20
@@ -22,19 +24,24 @@ _PIP_ARGUMENTS = {
 }
 
 
-def resolve_path(spec: str) -> pathlib.Path:
+def resolve_path(
+    spec: str, *, kind: hub.Kind | None = None, patterns: Sequence[str] = ()
+) -> pathlib.Path:
     """Turns what a user wrote into the path of something that exists.
 
     Args:
         spec: a file or directory (`~` is the home directory), or `package:<package>/<file>` for a
-          file that an installed package ships.
+          file that an installed package ships. What exists here comes before a name on the hub.
+        kind: what a name on the Hugging Face Hub would be, see `hub.fetch`; None: names are not
+          looked up there.
+        patterns: see `hub.fetch`.
 
     Returns:
         The path; it exists.
 
     Raises:
         UserError: nothing is there. The message names the pip command that is missing, or the
-          existing name that comes nearest.
+          existing name that comes nearest; or see `hub.fetch`.
 
     Example:
         >>> resolve_path("package:numpy/__init__.py").name
@@ -46,9 +53,11 @@ def resolve_path(spec: str) -> pathlib.Path:
     if spec.startswith(_PACKAGE_PREFIX):
         return _resolve_in_package(spec)
     path = pathlib.Path(spec).expanduser()
-    if not path.exists():
-        raise errors.UserError(f"{spec} does not exist{_hint(path)}")
-    return path
+    if path.exists():
+        return path
+    if kind is not None and (name := hub.parse_name(spec)):
+        return hub.fetch(name, kind, patterns)
+    raise errors.UserError(f"{spec} does not exist{_hint(path)}")
 
 
 def _resolve_in_package(spec: str) -> pathlib.Path:
@@ -87,14 +96,15 @@ def _hint(path: pathlib.Path) -> str:
     return f" (there is nothing called {path.name} in {parent.absolute()})"
 
 
-def fingerprint(path: str | pathlib.Path) -> str:
-    """Returns a hash of a file's content, or of all files in a directory.
+def fingerprint(path: str | pathlib.Path, files: Iterable[str | pathlib.Path] | None = None) -> str:
+    """Returns a hash of a file's content, or of files in a directory.
 
     The hash (xxh3, 128 bits) is for telling files apart, not for security. Of a directory it
     covers the relative names and the contents in sorted order, hidden files excepted.
 
     Args:
         path: an existing file or directory.
+        files: of the directory, those that count; None: all.
 
     Returns:
         32 hexadecimal digits.
@@ -113,7 +123,7 @@ def fingerprint(path: str | pathlib.Path) -> str:
     if not path.is_dir():
         _update(digest, path)
         return digest.hexdigest()
-    for file in sorted(path.rglob("*")):
+    for file in sorted(path.rglob("*") if files is None else map(pathlib.Path, files)):
         name = file.relative_to(path)
         if file.is_file() and not any(part.startswith(".") for part in name.parts):
             # Lengths first, so that no content can look like the next file's name.

@@ -79,7 +79,7 @@ def load_model(
       ...
       qlora_jax.errors.UserError: pytorch_model.bin does not exist...
     """
-    checkpoint = open_checkpoint(resolve_path(str(path)))
+    checkpoint = open_checkpoint(resolve_path(str(path), kind="model"))
     config = read_config(checkpoint)
     tokenizer = _read_tokenizer(checkpoint)
     rows = tokenizer.backend.get_vocab_size(with_added_tokens=False)

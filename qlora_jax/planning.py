@@ -150,7 +150,7 @@ def abstract_run(config: config_dict.ConfigDict, target: GpuTarget) -> AbstractR
     """Builds what `train` builds, from shapes alone."""
     config_lib.validate(config)
     spec, device = config.model.path, target.device
-    shape = model_shape(spec) or read_config(open_checkpoint(resolve_path(spec)))
+    shape = model_shape(spec) or read_config(open_checkpoint(resolve_path(spec, kind="model")))
     dtype, _ = choose_compute_dtype(config.model.compute_dtype, device)
     remat = choose_remat(config.model.remat, device)
     model = nnx.eval_shape(

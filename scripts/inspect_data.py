@@ -31,7 +31,7 @@ _NUM = flags.DEFINE_integer("num", 3, "records to print", lower_bound=0)
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """Reads only the tokenizer of a model: of a GGUF file, or of a Hugging Face folder."""
-    path = resolve_path(spec)
+    path = resolve_path(spec, kind="tokenizer")
     if path.is_dir() or path.suffix == ".json":
         return Tokenizer.from_file(path)
     return Tokenizer.from_gguf(open_checkpoint(path).config)

@@ -103,3 +103,10 @@ def test_fingerprint_of_a_directory_covers_names_and_contents(tmp_path):
 def test_fingerprint_of_nothing_raises(tmp_path):
     with pytest.raises(FileNotFoundError):
         files.fingerprint(tmp_path / "missing")
+
+
+def test_fingerprint_of_some_files_of_a_directory(tmp_path):
+    base = _directory(tmp_path / "0", {"a": "1", "sub/b": "2"})
+    _directory(tmp_path / "1", {"a": "1", "sub/b": "2", "fetched-later": "3"})
+    some = [tmp_path / "1" / "sub" / "b", tmp_path / "1" / "a"]
+    assert base == files.fingerprint(tmp_path / "1", some)

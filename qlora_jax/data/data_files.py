@@ -45,9 +45,9 @@ def find_files(spec: str | pathlib.Path, patterns: Sequence[str] = ()) -> list[p
 
     Args:
         spec: what `resolve_path` takes.
-        patterns: of the files to take from a directory, matched against their paths in it. If none
-            matches, all are taken but those that are named as held out (`test.jsonl`), as long as
-            there are others.
+        patterns: of the files to take from a directory or the hub, matched against their paths in
+            it. If none matches, all are taken but those that are named as held out (`test.jsonl`),
+            as long as there are others.
 
     Returns:
         One file, or the files of a directory in the order of their names; none is empty.
@@ -56,7 +56,7 @@ def find_files(spec: str | pathlib.Path, patterns: Sequence[str] = ()) -> list[p
         DataError: nothing is there, it cannot be read, or it is of a kind that is not read.
     """
     try:
-        found = resolve_path(str(spec))
+        found = resolve_path(str(spec), kind="dataset", patterns=patterns)
         files = _inside(found, patterns) if found.is_dir() else [found]
         for file in files:
             _check_head(file)

@@ -13,7 +13,7 @@ from qlora_jax.data.formats import BadField, Record
 from qlora_jax.data.line_formats import LINE_FORMATS, detect_format, parse_object
 from qlora_jax.data.mmlu_cot import looks_like_mmlu_cot, read_mmlu_cot
 from qlora_jax.data.report import DataReport
-from qlora_jax.data.sets import SETS
+from qlora_jax.data.sets import SETS, set_files
 from qlora_jax.errors import DataError, nearest
 
 OnBadRecord = Literal["error", "skip"]
@@ -53,7 +53,7 @@ def load_records(
     """
     _check_choice("format", format, tuple(dict.fromkeys((*FORMATS, *SETS))))
     _check_choice("on_bad_record", on_bad_record, ("error", "skip"))
-    files = find_files(path, SETS[format].files if format in SETS else ())
+    files = find_files(path, set_files(format))
     own_report = report is None
     report = report or DataReport()
     records: list[Record] = []

@@ -257,3 +257,12 @@ SETS = {
     "sharegpt": InstructionSet(parse_conversations, chat_format="model", literal=False),
     "ultrachat": InstructionSet(parse_ultrachat, chat_format="model", literal=False),
 }
+
+
+def set_files(name: str) -> tuple[str, ...]:
+    """The patterns of a set's files to train on; none for what is no set.
+
+    >>> set_files("oasst1"), set_files("auto")
+    (('*train*', '*ready.trees*'), ())
+    """
+    return SETS[name].files if name in SETS else ()

@@ -93,7 +93,7 @@ def model_shape(spec: str) -> LlamaConfig | None:
     if spec.lower() in names:
         return LlamaConfig.from_hf(SHAPES[names[spec.lower()]])
     try:
-        path = resolve_path(spec)
+        path = resolve_path(spec, kind="config")
     except errors.UserError as error:
         match = errors.nearest(spec, SHAPES)
         hint = f"; did you mean {match}?" if match else ""

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from qlora_jax import hub
 from qlora_jax.report import ModelSize, format_bytes, format_count
 
 _PACKAGES = ("qlora-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -99,7 +100,7 @@ def _title(facts: CardFacts) -> str:
             "",
             "| | |",
             "| --- | --- |",
-            f"| base | `{model['path']}` |",
+            f"| base | `{hub.describe(model['path'], 'model')}` |",
             f"| base fingerprint | `{facts.base_fingerprint}` |",
             f"| stored as | {model['quant_type']}, blocks of {model['block_size']}, double "
             f"quantization {'on' if model['double_quant'] else 'off'} |",

@@ -7,9 +7,11 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from qlora_jax import hub
 from qlora_jax.data import batches, masking, records
+from qlora_jax.data.data_files import find_files
 from qlora_jax.data.report import DataReport
-from qlora_jax.data.sets import SETS
+from qlora_jax.data.sets import SETS, set_files
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import DataError
 from qlora_jax.files import fingerprint, resolve_path
@@ -48,10 +50,10 @@ def load_training_data(config: config_dict.ConfigDict, tokenizer: Tokenizer) -> 
     data, report = config.data, DataReport()
     path, options = data_path(config), record_options(config)
     trained = records.load_records(path, max_records=data.max_records, report=report, **options)
-    hashes = [fingerprint(resolve_path(path))]
+    hashes = [_fingerprint(path, options["format"])]
     if data.eval_path:
         heldout = records.load_records(data.eval_path, report=report, **options)
-        hashes.append(fingerprint(resolve_path(data.eval_path)))
+        hashes.append(_fingerprint(data.eval_path, options["format"]))
     else:
         trained, heldout = batches.split(trained, data.eval_fraction, config.seed)
 
@@ -79,6 +81,18 @@ def data_path(config: config_dict.ConfigDict) -> str:
     'timdettmers/openassistant-guanaco'
     """
     return config.data.path or SETS[config.data.name].hub
+
+
+def describe_data(config: config_dict.ConfigDict) -> str:
+    """`data_path`, for a set on the hub with the commit that was read."""
+    return hub.describe(data_path(config), "dataset", set_files(config.data.name))
+
+
+def _fingerprint(path: str, format: str) -> str:
+    """A hash of what `load_records` reads: beside it, a directory on the hub may get more files."""
+    patterns = set_files(format)
+    found = resolve_path(path, kind="dataset", patterns=patterns)
+    return fingerprint(found, find_files(found, patterns))
 
 
 def record_options(config: config_dict.ConfigDict) -> dict[str, Any]:

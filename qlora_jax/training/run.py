@@ -22,6 +22,7 @@ from flax import nnx
 from ml_collections import config_dict
 
 from qlora_jax import config as config_lib
+from qlora_jax import hub
 from qlora_jax.checkpoint import Checkpointer
 from qlora_jax.data.batches import BatchIterator, eval_batches, row_lengths
 from qlora_jax.data.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ from qlora_jax.training.card import (
     this_python,
     versions,
 )
-from qlora_jax.training.data import data_path, load_training_data, question_text
+from qlora_jax.training.data import data_path, describe_data, load_training_data, question_text
 from qlora_jax.training.loop import Hooks, Intervals, run_steps
 from qlora_jax.training.step import (
     TrainState,
@@ -237,7 +238,7 @@ class _Run:
         quantized_bits = 8 * size.quantized_bytes / max(size.quantized, 1)
         dense_bits = 8 * size.dense_bytes / max(size.dense, 1)
         facts = [
-            ("model", config.model.path),
+            ("model", hub.describe(config.model.path, "model")),
             ("fingerprint", self.fingerprint),
             (
                 "frozen",
@@ -252,7 +253,7 @@ class _Run:
                 f": LoRA of rank {config.lora.rank} in {config.lora.dtype}",
             ),
             ("compute", f"{self.dtype.name} on {device.device_kind}: {self.dtype_reason}"),
-            ("data", data_path(config)),
+            ("data", describe_data(config)),
             ("records", f"{len(data.train):,} to train on, {len(data.heldout):,} held out"),
             (
                 "run",
