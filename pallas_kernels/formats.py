@@ -1,4 +1,4 @@
-"""The 4-bit block formats: codebooks, block sizes, nibble order, the 8-bit map for absmax.
+"""The 4-bit block formats: codebooks, block sizes, nibble order, the 8-bit maps.
 
 A tensor is flattened row-major and cut into blocks of `block_size` elements; the last one may be
 short. A block is stored as its absolute maximum `absmax` (float32) and a 4-bit code per element,
@@ -75,28 +75,30 @@ def decision_bounds(quant_type: str) -> tuple[np.ndarray, np.ndarray]:
     return bounds, order.astype(np.uint8)
 
 
-def _dynamic_map() -> np.ndarray:
-    """The signed 8-bit dynamic map, ascending float32 [256] (arXiv 2110.02861, section 1.3).
+def _dynamic_map(*, signed: bool) -> np.ndarray:
+    """An 8-bit dynamic map, ascending float32 [256] (arXiv 2110.02861, section 1.3).
 
     Seven decades; decade `i` (from 1e-6 upwards) has `2**i` means of an even division of
-    [0.1, 1] on each side of zero, and 0 and 1 complete the 256 values.
+    [0.1, 1] on each side of zero, and 0 and 1 complete the 256 values. Without a sign it has
+    twice as many of them above zero.
     """
     values = [0.0, 1.0]
     for i in range(7):
         # The edges are those of torch.linspace: stepped from both ends, each product and sum
         # rounded to float32 once. Files hold this map, and so it must agree to the bit.
-        n = 2**i + 1
+        n = 2 ** (i if signed else i + 1) + 1
         step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(n - 1))
         k = np.arange(n)
         up, down = np.float64(np.float32(0.1)) + step * k, 1 - step * (n - 1 - k)
         edges = np.where(k < n // 2, up, down).astype(np.float32)
         means = (edges[:-1] + edges[1:]) / np.float32(2)
         scaled = np.float32(10.0 ** (i - 6)) * means
-        values += scaled.tolist() + (-scaled).tolist()
+        values += scaled.tolist() + ((-scaled).tolist() if signed else [])
     return np.sort(np.array(values, np.float32))
 
 
-DYNAMIC_MAP: np.ndarray = _dynamic_map()
+DYNAMIC_MAP: np.ndarray = _dynamic_map(signed=True)
+UNSIGNED_DYNAMIC_MAP: np.ndarray = _dynamic_map(signed=False)
 
 
 def _dynamic_codes() -> np.ndarray:

@@ -28,6 +28,9 @@ from qlora_jax.flax_nnx import merge_model as merge_model
 from qlora_jax.flax_nnx import quantize_model as quantize_model
 from qlora_jax.flax_nnx import set_dropout_keys as set_dropout_keys
 
+# Optimizers (the rest is optax)
+from qlora_jax.optim import adamw8bit as adamw8bit
+
 # A whole run
 from qlora_jax.config import get_config as get_config
 from qlora_jax.config import load_config as load_config

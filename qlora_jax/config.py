@@ -95,6 +95,9 @@ def get_config() -> config_dict.ConfigDict:
     data.max_records = 0
 
     config.optimizer = optimizer = config_dict.ConfigDict()
+    # adamw | adamw8bit (moments in 8 bits: 2 bytes a parameter, not 8) | lion (one moment: 4 bytes;
+    # has no eps; its paper takes a third to a tenth of AdamW's learning rate).
+    optimizer.name = "adamw"
     optimizer.learning_rate = 2e-4
     # constant | linear | cosine, after the warmup.
     optimizer.schedule = "constant"

@@ -63,6 +63,7 @@ def test_the_whole_base():
             "max_records": 0,
         },
         "optimizer": {
+            "name": "adamw",
             "learning_rate": 2e-4,
             "schedule": "constant",
             "warmup_steps": 0,

@@ -6,6 +6,7 @@ import pytest
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.optim import make_optimizer, make_schedule
+from qlora_jax.optim.recipe import OPTIMIZERS
 
 
 def rates(steps, **options):
@@ -103,3 +104,20 @@ def test_float32_adapters_get_the_updates_of_adamw_to_the_bit():
         )
         states = a, b
         np.testing.assert_array_equal(mine["lora_a"], its["lora_a"])
+
+
+def test_an_optimizer_has_a_name():
+    params = {"lora_a": jnp.ones((2, 4096), jnp.bfloat16)}
+    gradient = {"lora_a": jnp.full((2, 4096), 0.5, jnp.bfloat16)}
+    sizes = {}
+    for name in OPTIMIZERS:
+        tx = make_optimizer(1e-2, name=name, max_grad_norm=1.0)
+        state = tx.init(params)
+        updates, _ = tx.update(gradient, state, params)
+        assert updates["lora_a"].dtype == jnp.bfloat16
+        # The first step of each is the rate, against the gradient.
+        np.testing.assert_allclose(updates["lora_a"].astype(np.float32), -1e-2, rtol=1e-2)
+        sizes[name] = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim) / 8192
+    assert sizes == {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4}
+    with pytest.raises(ConfigError, match="'adam'.*adamw, adamw8bit, lion"):
+        make_optimizer(name="adam")

@@ -3,7 +3,8 @@
 QLoRA (arXiv 2305.14314, appendix B) trains with AdamW, beta2 = 0.999, a constant learning rate and
 gradients clipped to a global norm of 0.3. Those are the defaults here; `linear` and `cosine` decay
 to zero at the last step. The result is an ordinary `optax.GradientTransformation`, so it can be
-wrapped, replaced or used in a training loop that is not ours.
+wrapped, replaced or used in a training loop that is not ours. `adamw8bit` keeps the moments in 8
+bits, and `lion` (arXiv 2302.06675) has only one.
 
 The learning-rate schedule counts *optimizer* steps, not microbatches, and starts at step 0: with
 `warmup_steps=100` step 0 runs at 1/100 of the peak (a rate of exactly zero would waste a step).
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from qlora_jax.errors import ConfigError
+from qlora_jax.optim.adamw8bit import adamw8bit
 
+OPTIMIZERS = ("adamw", "adamw8bit", "lion")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -64,24 +67,29 @@ def make_schedule(
 def make_optimizer(
     learning_rate: float | optax.Schedule = 2e-4,
     *,
+    name: str = "adamw",
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_grad_norm: float = 0.3,
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW.
+    """Clip by the global norm, then AdamW or another.
 
-    The moments are in float32 also for adapters in 16 bits: with `b2 = 0.999` the second moment
-    moves by a thousandth a step, which bfloat16 would round away.
+    The moments of AdamW and Lion are in float32 also for adapters in 16 bits: with `b2 = 0.999` the
+    second moment moves by a thousandth a step, which bfloat16 would round away.
 
     Args:
         learning_rate: a number, or a schedule from `make_schedule`.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
+        name: `adamw`; `adamw8bit`, see there; or `lion`.
+        b1: decay of the first moment (Lion: its weight in the update).
+        b2: decay of the second moment (Lion: decay of its only one).
+        eps: added to the root of the second moment; Lion has none.
         weight_decay: decoupled, times the learning rate, on every trainable leaf.
         max_grad_norm: gradients with a larger global norm are scaled down to it; 0 turns it off.
+
+    Raises:
+        ConfigError: for an unknown name.
 
     >>> import jax.numpy as jnp
     >>> tx = make_optimizer(0.1, eps=0.0)
@@ -90,11 +98,19 @@ def make_optimizer(
     >>> [round(float(u), 4) for u in updates["lora_b"]]
     [-0.1, 0.1]
     """
-    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    adamw = _in_float32(adamw)
+    if name == "adamw":
+        tx = _in_float32(optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay))
+    elif name == "adamw8bit":
+        tx = adamw8bit(learning_rate, b1, b2, eps, weight_decay)
+    elif name == "lion":
+        tx = _in_float32(optax.lion(learning_rate, b1, b2, weight_decay=weight_decay))
+    else:
+        raise ConfigError(
+            f"optimizer.name={name!r} is not known; choose one of {', '.join(OPTIMIZERS)}"
+        )
     if max_grad_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
+        return tx
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -130,6 +130,7 @@ def build_optimizer(
     )
     tx = make_optimizer(
         schedule,
+        name=recipe.name,
         b1=recipe.b1,
         b2=recipe.b2,
         eps=recipe.eps,
