@@ -77,8 +77,17 @@ def get_config() -> config_dict.ConfigDict:
     # messages | prompt_completion | text | conversations | alpaca | input_output | mmlu_cot | auto
     # (look at the first record).
     data.format = "auto"
+    # How conversations are written: model (its own template) | guanaco | alpaca | chatml | vicuna |
+    # llama2 | llama3 | hh | plain | auto (as the authors of data.name, else the model's).
+    data.chat_format = "auto"
     # Tokens in a sequence.
     data.max_len = 512
+    # Tokens of the prompt, and of what follows it; 0: as many as fit.
+    data.source_max_len = 0
+    data.target_max_len = 0
+    # The very tokens of the paper's code: BOS first, prompt and answer encoded apart, and both cut
+    # at their ends, so that a long answer loses its end token.
+    data.paper_exact = False
     # Which tokens carry loss: assistant | all | auto (as the authors of data.name, else assistant).
     data.train_on = "auto"
     # Several short records in one sequence, without attention between them.

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from qlora_jax import errors
-from qlora_jax.data import line_formats, sets
+from qlora_jax.data import chat_formats, line_formats, sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,10 @@ _RULES = {
     "lora.dtype": _one_of(*_DTYPES),
     "data.name": _one_of("", *sets.SETS),
     "data.format": _one_of("auto", *line_formats.LINE_FORMATS, "mmlu_cot"),
-    "data.max_len": _at_least(2),
+    "data.chat_format": _one_of("auto", "model", *chat_formats.CHAT_FORMATS),
+    "data.max_len": _at_least(3),
+    "data.source_max_len": _at_least(0),
+    "data.target_max_len": _at_least(0),
     "data.train_on": _one_of("auto", "assistant", "all"),
     "data.eval_fraction": _FRACTION,
     "data.on_bad_record": _one_of("error", "skip"),
@@ -193,7 +196,7 @@ def range_problems(fields: Mapping[str, Any]) -> list[str]:
 
 def _combination_problems(fields: Mapping[str, Any]) -> list[str]:
     """Says which fields, each fine by itself, exclude one another."""
-    problems = []
+    problems = _length_problems(fields)
     name = fields.get("data.name")
     if "data.path" in fields and not fields["data.path"]:
         if not name:
@@ -210,6 +213,36 @@ def _combination_problems(fields: Mapping[str, Any]) -> list[str]:
             "data.group_by_length: got True with data.packing=True, needs data.packing=False: "
             "packed sequences are full, and all of the same length"
         )
+    return problems
+
+
+def _length_problems(fields: Mapping[str, Any]) -> list[str]:
+    source, target = (fields.get(f"data.{name}_max_len", 0) for name in ("source", "target"))
+    max_len = fields.get("data.max_len", source + target)
+    problems = []
+    if source and source + max(target, 2) > max_len:
+        problems.append(
+            f"data.max_len: got {max_len}, needs to be at least {source + max(target, 2)}: the sum "
+            f"of data.source_max_len={source} and data.target_max_len={target} (at least 2)"
+        )
+    if fields.get("data.paper_exact"):
+        name, train_on = fields.get("data.name"), fields.get("data.train_on")
+        if not (source and target):
+            problems.append(
+                "data.paper_exact: got True, needs data.source_max_len and data.target_max_len "
+                "(in the paper's code 1024 and 256, for Guanaco 16 and 512)"
+            )
+        if not (name and sets.SETS[name].literal) or fields.get("data.chat_format") != "auto":
+            literal = ", ".join(key for key, value in sets.SETS.items() if value.literal)
+            problems.append(
+                f"data.paper_exact: got True, needs data.name to be one of {literal}, and "
+                "data.chat_format=auto"
+            )
+        elif sets.SETS[name].train_on == "all" and train_on == "assistant":
+            problems.append(
+                f"data.paper_exact: got True with data.train_on={train_on!r}, needs auto: the "
+                f"paper's code trains on the whole dialogues of {name}"
+            )
     return problems
 
 

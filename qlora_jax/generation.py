@@ -13,7 +13,7 @@ not. Dropout is off while generating, whatever mode the model is in, and the mod
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from qlora_jax.data.chat_formats import cut_at_stop
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.models.attention import KVCache
@@ -48,7 +49,7 @@ def generate(
 
     Args:
       model: see the module.
-      tokenizer: the model's; its `eos_token_ids` end a reply.
+      tokenizer: the model's; its `eos_token_ids` and `stop_strings` end a reply.
       prompts: each a text, which is continued as it is, or a conversation (a list of dicts with
         "role" and "content"), which is written with the chat template and answered.
       max_new_tokens: at most so many tokens a reply.
@@ -58,7 +59,7 @@ def generate(
       seed: of the random choices. The i-th reply depends on the seed, i and the prompt only.
 
     Returns:
-      The replies, without the prompts and without end tokens.
+      The replies, without the prompts and without what ended them.
 
     Raises:
       ConfigError: a setting is out of range, or a prompt leaves no room for `max_new_tokens`.
@@ -71,6 +72,12 @@ def generate(
     if isinstance(prompts, str | Mapping):
         raise DataError("prompts must be a list of prompts; put this one into a list: [prompt].")
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    stops = tokenizer.stop_strings
+
+    def is_over(ids: list[int]) -> bool:
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        return cut_at_stop(text, stops) != text
+
     new_ids = generate_ids(
         model,
         prompt_ids,
@@ -78,9 +85,10 @@ def generate(
         eos_token_ids=tokenizer.eos_token_ids,
         sampling=Sampling(temperature, top_k, top_p),
         seed=seed,
+        is_over=is_over if stops else None,
     )
     return [
-        _decode_text(tokenizer, prompt, before, after)
+        _cut(_decode_text(tokenizer, prompt, before, after), prompt, stops)
         for prompt, before, after in zip(prompts, prompt_ids, new_ids, strict=True)
     ]
 
@@ -123,6 +131,12 @@ def _decode_text(tokenizer: Tokenizer, prompt: Prompt, before: list[int], after:
     return tokenizer.decode(after)
 
 
+def _cut(text: str, prompt: Prompt, stops: Sequence[str]) -> str:
+    """Ends a reply at a stop string; formats that have one set a space before the answer."""
+    text = cut_at_stop(text, stops)
+    return text if isinstance(prompt, str) or not stops else text.strip()
+
+
 def generate_ids(
     model: nnx.Module,
     prompt_ids: Sequence[Sequence[int]],
@@ -131,6 +145,7 @@ def generate_ids(
     eos_token_ids: Sequence[int] = (),
     sampling: Sampling | None = None,
     seed: int = 0,
+    is_over: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """`generate` for token ids.
 
@@ -141,6 +156,7 @@ def generate_ids(
       eos_token_ids: ids that end a reply.
       sampling: how to choose; None is greedy.
       seed: of the random choices.
+      is_over: looks at a reply so far, every `CHUNK` tokens; when all are over, none goes on.
 
     Returns:
       The new ids of each prompt, without the end token.
@@ -167,6 +183,9 @@ def generate_ids(
     columns = [np.array(run.token)[:, None]]  # a copy: the next chunk is given the buffer
     for start in range(1, max_new_tokens, CHUNK):
         if np.array(run.finished).all():
+            break
+        rows = np.concatenate(columns, axis=1).tolist() if is_over else []
+        if rows and all(is_over(_until_end(row, eos_token_ids)) for row in rows):
             break
         limit = min(CHUNK, max_new_tokens - start)
         run, chunk = _decode_chunk(graphdef, state, run, *choice, limit, greedy=greedy)

@@ -16,7 +16,12 @@ from qlora_jax.data.report import DataReport
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError
 from qlora_jax.files import resolve_path
-from qlora_jax.training.data import data_path, record_options, token_options
+from qlora_jax.training.data import (
+    data_path,
+    record_options,
+    token_options,
+    with_chat_format,
+)
 from qlora_jax.weights import open_checkpoint
 
 _CONFIG = command_line.define_config(required=False)
@@ -49,7 +54,7 @@ def main() -> None:
         raise ConfigError(
             "need --config=file.py, or --model=path with --data=file.jsonl or --name=<set>"
         )
-    tokenizer = load_tokenizer(model)
+    tokenizer = with_chat_format(load_tokenizer(model), settings)
     report = DataReport()
     records = load_records(
         data_path(settings),

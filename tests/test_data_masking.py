@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.data.formats import Record, pair
-from qlora_jax.data.masking import Turn, assemble, encode_pieces, tokenize_records
+from qlora_jax.data.masking import Turn, assemble, tokenize_records
 from qlora_jax.data.report import DataReport
+from qlora_jax.data.spans import encode_pieces
 from qlora_jax.errors import DataError
 
 
@@ -240,3 +241,71 @@ def test_impossible_settings_are_refused(options):
 def test_skips_are_logged_when_nobody_takes_the_report(caplog):
     tokenize_records([DIALOGUE, chat("x" * 99, "y")], FakeTokenizer(), 60)
     assert "2 records read, 0 skipped, 1 truncated, 1 dropped" in caplog.text
+
+
+def test_source_and_target_have_limits_of_their_own():
+    tokenizer = FakeTokenizer(None, add_bos_token=True)
+    record = Record("a.jsonl:1", "alpaca", **pair("question ends: ", "a long answer"))
+    example = tokenize(record, tokenizer, source_max_len=8, target_max_len=5)
+    whole = tokenize(record, tokenizer)
+    # BOS and the end of the prompt stay, and the end token of the answer.
+    assert tokenizer.decode(example.tokens, skip_special_tokens=False) == "<s> ends: a lo<|im_end|>"
+    assert learned(example, tokenizer) == ["a lo<|im_end|>"]
+    assert example.truncated and not whole.truncated
+    assert tokenize(record, tokenizer, source_max_len=16, target_max_len=14).tokens.tolist() == (
+        whole.tokens.tolist()
+    )
+    only_source = tokenize(record, tokenizer, source_max_len=4)
+    assert only_source.truncated and learned(only_source, tokenizer) == ["a long answer<|im_end|>"]
+    tight = tokenize(record, tokenizer, max_len=12, source_max_len=8)
+    assert len(tight.tokens) == 12 and tight.tokens[-1] == tokenizer.eos_token_id
+
+
+def test_the_target_of_a_conversation_is_all_that_follows_the_first_prompt():
+    tokenizer = FakeTokenizer()
+    example = tokenize(DIALOGUE, tokenizer, target_max_len=20)
+    assert learned(example, tokenizer) == ["Hello there<|im_end|>"]
+    whole = tokenize(DIALOGUE, tokenizer)
+    prompt = int(np.flatnonzero(whole.loss_mask)[0])
+    assert len(example.tokens) <= prompt + 20 and example.truncated
+
+
+def test_the_papers_cut_loses_the_end_token_and_the_end_of_the_prompt():
+    tokenizer = FakeTokenizer(None)
+    record = Record("a.jsonl:1", "alpaca", **pair("question ends: ", "a long answer"))
+    options = dict(paper_exact=True, source_max_len=9, target_max_len=6)
+    example = tokenize(record, tokenizer, **options)
+    assert tokenizer.decode(example.tokens, skip_special_tokens=False) == "<s>questiona long"
+    assert learned(example, tokenizer) == ["a long"] and example.truncated
+    on_source = tokenize(record, tokenizer, train_on="all", **options)
+    assert on_source.tokens.tolist() == example.tokens.tolist()
+    assert on_source.loss_mask.tolist() == [0] + [1] * 14
+    fits = tokenize(record, tokenizer, paper_exact=True, source_max_len=16, target_max_len=14)
+    assert learned(fits, tokenizer) == ["a long answer<|im_end|>"] and not fits.truncated
+    with pytest.raises(DataError, match="without literal text, need a set of the paper"):
+        tokenize(DIALOGUE, tokenizer, **options)
+
+
+def test_loss_on_the_source_changes_no_token():
+    tokenizer = FakeTokenizer(None)
+    record = Record("a.jsonl:1", "alpaca", **pair("Q: ", "A"))
+    answer, everything = (tokenize(record, tokenizer, train_on=on) for on in ("assistant", "all"))
+    assert answer.tokens.tolist() == everything.tokens.tolist()
+    assert everything.loss_mask.tolist() == [0, 1, 1, 1, 1]
+
+
+def test_literal_text_is_preferred_only_when_asked_for():
+    tokenizer = FakeTokenizer()
+    record = Record("a.jsonl:1", "alpaca", **pair("### Q: Hi\n", "Oh", question="Hi"))
+    template, literal = (tokenize(record, tokenizer, literal=value) for value in (False, True))
+    assert "<|im_start|>user\nHi" in tokenizer.decode(template.tokens, skip_special_tokens=False)
+    assert tokenizer.decode(literal.tokens) == "### Q: Hi\nOh"
+    assert learned(literal, tokenizer) == ["Oh<|im_end|>"]
+
+
+def test_a_border_that_the_tokenizer_cannot_keep_is_encoded_apart():
+    """SentencePiece sets a space before every text, also before an answer behind a space."""
+    tokenizer = FakeTokenizer(None, dummy_prefix=True, words=(" A",))
+    record = Record("a.jsonl:1", "alpaca", **pair("Response: ", "A"))
+    example = tokenize(record, tokenizer)
+    assert learned(example, tokenizer) == ["A<|im_end|>"]

@@ -103,6 +103,28 @@ def test_generation_stops_early_and_can_be_longer_than_a_chunk(model, monkeypatc
     assert len(chunks) == 2
 
 
+def test_a_reply_ends_at_a_stop_string_of_the_chat_format(tokenizer):
+    """SmolLM2 counts; what ends the reply is cut away, and nothing more is computed after it."""
+    prompt = "One, two, three, four,"
+    (free,) = generate(smollm2(), tokenizer, [prompt], max_new_tokens=24)
+    stop = free[8:14]
+    stopping = tokenizer.with_chat_format("plain")
+    stopping.stop_strings = (stop,)
+    assert generate(smollm2(), stopping, [prompt], max_new_tokens=24) == [free[: free.index(stop)]]
+
+
+def test_no_chunk_is_computed_once_all_replies_are_over(model, monkeypatch):
+    chunks = []
+    original = generation._decode_chunk
+    monkeypatch.setattr(
+        generation, "_decode_chunk", lambda *a, **k: chunks.append(1) or original(*a, **k)
+    )
+    (free,) = generate_ids(model, [[3]], max_new_tokens=60)
+    assert len(chunks) == 2
+    (over,) = generate_ids(model, [[3]], max_new_tokens=60, is_over=lambda ids: len(ids) > 20)
+    assert len(chunks) == 3 and over == free[: 1 + generation.CHUNK]
+
+
 def test_one_compilation_for_each_shape_bucket(model):
     def count():
         return generation._prefill._cache_size(), generation._decode_chunk._cache_size()

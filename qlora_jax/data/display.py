@@ -10,8 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from qlora_jax.data.masking import ChatTokenizer, Example
+from qlora_jax.data.masking import Example
 from qlora_jax.data.report import DataReport
+from qlora_jax.data.spans import ChatTokenizer
 from qlora_jax.data.stats import summarize
 
 LOSS_STYLE = "bold green"

@@ -128,17 +128,18 @@ def parse_dialogue(text: Any, field: str, markers: tuple[str, str]) -> Fields:
     """
     need = f"a dialogue with {markers[0].strip()!r} and {markers[1].strip()!r}"
     check_text(text, field, need)
-    found = list(re.finditer("|".join(map(re.escape, markers)), text))
-    ends = [match.start() for match in found[1:]] + [len(text)]
+    turns = list(re.finditer("|".join(map(re.escape, markers)), text))
+    ends = [match.start() for match in turns[1:]] + [len(text)]
     messages, spans = [], []
-    for i, (match, end) in enumerate(zip(found, ends, strict=True)):
+    for i, (match, end) in enumerate(zip(turns, ends, strict=True)):
         role = ("user", "assistant")[markers.index(match[0])]
         messages.append({"role": role, "content": text[match.end() : end].strip()})
-        if role == "assistant":
-            hands_over = i + 1 < len(found) and found[i + 1][0] == markers[0]
-            spans.append((match.end(), found[i + 1].end() if hands_over else end))
+        if role == "assistant" and messages[-1]["content"]:
+            hands_over = i + 1 < len(turns) and turns[i + 1][0] == markers[0]
+            spans.append((match.end(), turns[i + 1].end() if hands_over else end))
     if not spans:
-        raise BadField(field, f"no {markers[1].strip()!r} in {describe(text)}", need)
+        found = f"no answer behind {markers[1].strip()!r} in {describe(text)}"
+        raise BadField(field, found, need)
     return {"text": text, "spans": tuple(spans), "messages": _in_turn(messages)}
 
 

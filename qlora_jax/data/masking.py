@@ -1,56 +1,32 @@
 """Which tokens carry loss: from a `Record` to token ids with a mask.
 
-A chat template is an arbitrary program, so the mask cannot be guessed from its text. Instead the
-conversation is rendered several times. For each assistant message `i`,
-
-    before = render(messages[:i], add_generation_prompt=True)     # what the model is given
-    after  = render(messages[:i + 1])                             # what it should have made of it
-
-and if `before` is a prefix of `after`, and `after` of the whole conversation, the characters
-between their lengths are exactly what the model has to write. Templates that write earlier answers
-in another way than the last one (Qwen3 leaves their reasoning out) are handled by looking for the
-answer right after `before`; any other template is refused.
-
-Characters become tokens without losing that border. The pieces between borders are encoded one by
-one; if that gives the ids of the whole text, as it does when special tokens stand at the borders,
-the mask is exact. Otherwise the text is encoded prefix by prefix, which is what generation sees.
+A record is made of *turns*: a context without loss, and then a target, what the assistant writes.
+`qlora_jax.data.spans` finds the border between the two in any chat template; in a literal text the
+record itself says where it is.
 
 Loss ends with the answer's end token (`<|im_end|>`, `</s>`): what a template writes after it,
 usually a line break, is never generated. `loss_mask[t] = 1` says that token t is a target,
 predicted from the tokens before it; the first token of an example therefore never carries loss.
+
+What is too long is cut so that the end token survives: a model that never sees the end of an answer
+does not learn to stop. The paper's code loses it; `paper_exact` does the same.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
 from qlora_jax.data.formats import BadField, Record
 from qlora_jax.data.report import DataReport
-from qlora_jax.errors import DataError, UserError
+from qlora_jax.data.sets import SETS
+from qlora_jax.data.spans import ChatTokenizer, encode_pieces, render, render_spans, text_parts
+from qlora_jax.errors import DataError
 
 TrainOn = Literal["assistant", "all"]
-Messages = Sequence[Mapping[str, str]]
-
-
-class ChatTokenizer(Protocol):
-    """What is needed of a tokenizer."""
-
-    chat_template: str | None
-    bos_token_id: int | None
-    eos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
-
-    def apply_chat_template(
-        self, messages: Messages, add_generation_prompt: bool = False
-    ) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +69,9 @@ def tokenize_records(
     on_bad_record: Literal["error", "skip"] = "error",
     report: DataReport | None = None,
     literal: bool = False,
+    source_max_len: int = 0,
+    target_max_len: int = 0,
+    paper_exact: bool = False,
 ) -> list[Example]:
     """Renders, tokenizes and masks records.
 
@@ -111,6 +90,10 @@ def tokenize_records(
         on_bad_record: what to do when the chat template refuses a record: "error" or "skip".
         report: takes the counts; without one, skipped and dropped records are reported in the log.
         literal: prefer a record's literal text to the chat template.
+        source_max_len: most tokens of what stands before the first answer; a longer prompt loses
+            its beginning, because its end says that an answer is due. 0 sets no limit.
+        target_max_len: most tokens from the first answer on, its end token included. 0: no limit.
+        paper_exact: the tokens of the paper's code, see `paper_turn`.
 
     Returns:
         The examples in the order of the records; each has at least one token with loss.
@@ -142,13 +125,20 @@ def tokenize_records(
     dropped: list[tuple[str, list[Turn]]] = []
     for record in records:
         try:
-            turns = record_turns(record, tokenizer, train_on, literal)
+            if paper_exact:
+                turns = [paper_turn(record, tokenizer)]
+            else:
+                turns = record_turns(record, tokenizer, train_on, literal)
         except BadField as problem:
             if on_bad_record == "error":
                 raise DataError(f"{record.record_id}: {problem}") from None
             report.skip(f"{record.record_id}: {problem}")
             continue
-        example = assemble(turns, max_len, record.record_id)
+        if paper_exact:
+            example = paper_example(turns[0], source_max_len, target_max_len, record.record_id)
+            example.loss_mask[1:] |= train_on == "all"
+        else:
+            example = assemble(turns, max_len, record.record_id, source_max_len, target_max_len)
         if not example.loss_mask.any():
             reason = f"{record.record_id}: {_why_no_loss(turns, max_len)}"
             report.drop(reason)
@@ -173,13 +163,16 @@ def record_turns(
     """
     if record.messages and tokenizer.chat_template and not (literal and record.text):
         if train_on == "all":
-            text = _render(record.messages, tokenizer)
+            text = render(record.messages, tokenizer)
             return [_whole(tokenizer.encode(text), tokenizer, add_end=False)]
         text, spans = render_spans(record.messages, tokenizer)
         return _turns(encode_pieces(text, spans, tokenizer), tokenizer)
     if not record.text:
         need = "a model with one (an instruct model), or records with literal text"
         raise BadField("messages", "a conversation, but the model has no chat template", need)
+    if train_on == "all" and _is_all_target(record):
+        ids = _with_bos(tokenizer.encode(record.text), tokenizer)
+        return [_whole(ids, tokenizer, add_end=True)]
     pieces = _literal_pieces(record, tokenizer)
     pieces[0] = _with_bos(pieces[0], tokenizer)
     if train_on == "all" or not record.spans:
@@ -189,6 +182,49 @@ def record_turns(
     return _turns(pieces, tokenizer)
 
 
+def paper_turn(record: Record, tokenizer: ChatTokenizer) -> Turn:
+    """Source and target as the paper's code encodes them (artidoro/qlora, `qlora.py`).
+
+    BOS and the source are one sequence, the target and the end token another, each encoded by
+    itself. A dialogue of which everything is learned is all target.
+
+    Args:
+        record: with literal text.
+        tokenizer: encodes; where it has no BOS, nothing is put before the source.
+
+    Raises:
+        BadField: if the record has no literal text.
+    """
+    if not record.text:
+        raise BadField("text", "a conversation without literal text", "a set of the paper")
+    start = 0 if _is_all_target(record) else record.spans[0][0]
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    source = begin + (tokenizer.encode(record.text[:start]) if start else [])
+    return Turn(source, tokenizer.encode(record.text[start:]) + _end(tokenizer), closed=True)
+
+
+def _is_all_target(record: Record) -> bool:
+    """Whether the authors of the record's set learn all of it, so that it has no border."""
+    return not record.spans or (record.format in SETS and SETS[record.format].train_on == "all")
+
+
+def paper_example(turn: Turn, source_max_len: int, target_max_len: int, record_id: str) -> Example:
+    """Cuts source and target at their ends, as the paper's code does.
+
+    A long answer loses its end token, and a long prompt what it asks for.
+
+    >>> turn = Turn([1, 5, 6], [7, 8, 2], closed=True)
+    >>> paper_example(turn, 2, 2, "a.jsonl:1").tokens.tolist()
+    [1, 5, 7, 8]
+    """
+    source, target = turn.context[:source_max_len], turn.target[:target_max_len]
+    cut = len(source) < len(turn.context) or len(target) < len(turn.target)
+    mask = [0] * len(source) + [1] * len(target)
+    tokens = np.array([*source, *target], np.int32)
+    mask[0] = 0
+    return Example(tokens, np.array(mask, np.int32), record_id, cut)
+
+
 def _literal_pieces(record: Record, tokenizer: ChatTokenizer) -> list[list[int]]:
     """Encodes a literal text between the borders of its spans, or else each part by itself."""
     try:
@@ -196,7 +232,7 @@ def _literal_pieces(record: Record, tokenizer: ChatTokenizer) -> list[list[int]]
     except BadField:
         # A tokenizer that sets a space before every text, and a prompt that ends with one: the
         # authors of the sets encode prompt and answer apart too.
-        return [tokenizer.encode(part) for part in _parts(record.text, record.spans)]
+        return [tokenizer.encode(part) for part in text_parts(record.text, record.spans)]
 
 
 def _turns(pieces: Sequence[list[int]], tokenizer: ChatTokenizer) -> list[Turn]:
@@ -240,115 +276,21 @@ def _end_position(ids: Sequence[int], tokenizer: ChatTokenizer) -> int | None:
     return None
 
 
-def render_spans(messages: Messages, tokenizer: ChatTokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """Renders a conversation and finds the characters that the assistant writes.
-
-    Args:
-        messages: a checked conversation.
-        tokenizer: its chat template does the rendering.
-
-    Returns:
-        The text, and for every assistant message the start and end of its characters in it.
-
-    Raises:
-        BadField: if the template raises, or is not prefix-stable.
-    """
-    text = _render(messages, tokenizer)
-    spans: list[tuple[int, int]] = []
-    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        span = _find_span(text, messages[: i + 1], tokenizer)
-        if span is None or span[0] < (spans[-1][1] if spans else 0) or span[0] == span[1]:
-            raise BadField(
-                f"messages[{i}]",
-                "that the chat template writes this answer differently once more messages follow, "
-                "so its tokens cannot be told apart",
-                'one answer a record, train_on="all", or another chat template',
-            )
-        spans.append(span)
-    return text, spans
-
-
-def _find_span(text: str, messages: Messages, tokenizer: ChatTokenizer) -> tuple[int, int] | None:
-    """Finds the last of `messages`, an answer, in the text of the whole conversation."""
-    *earlier, last = messages
-    before = _render(earlier, tokenizer, add_generation_prompt=True)
-    after = _render(messages, tokenizer)
-    if not text.startswith(before):
-        return None
-    if after.startswith(before) and text.startswith(after):
-        return len(before), len(after)
-    # The template shortens earlier answers: what follows `before` must be the answer and the end of
-    # a turn, which shows behind an answer that occurs nowhere else.
-    marker = "answer"
-    while marker in after:
-        marker += "#"
-    marked = _render([*earlier, {**last, "content": marker}], tokenizer)
-    end_of_turn = marked.partition(marker)[2]
-    for answer in (last["content"], last["content"].strip()):
-        if end_of_turn and text.startswith(answer + end_of_turn, len(before)):
-            return len(before), len(before) + len(answer) + len(end_of_turn)
-    return None
-
-
-def _render(
-    messages: Messages, tokenizer: ChatTokenizer, add_generation_prompt: bool = False
-) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=add_generation_prompt
-        )
-    except UserError as error:
-        raise BadField("messages", f"that {error}") from None
-
-
-def encode_pieces(
-    text: str, spans: Sequence[tuple[int, int]], tokenizer: ChatTokenizer
-) -> list[list[int]]:
-    """Encodes a text so that no token crosses a border of a span.
-
-    Args:
-        text: the rendered conversation.
-        spans: start and end characters of the answers, in order, not overlapping.
-        tokenizer: encodes without adding special tokens.
-
-    Returns:
-        Ids of the pieces: context, answer, context, answer, ..., rest.
-
-    Raises:
-        BadField: if the tokenizer cannot encode a piece by itself.
-    """
-    pieces = [tokenizer.encode(part) if part else [] for part in _parts(text, spans)]
-    if list(itertools.chain(*pieces)) == tokenizer.encode(text):
-        return pieces
-    # A tokenizer that sets a space before every text it is given, or a border inside a token.
-    pieces, ids, end = [], [], 0
-    for part in _parts(text, spans):
-        end += len(part)
-        prefix = tokenizer.encode(text[:end])
-        piece = prefix[len(ids) :]
-        if prefix[: len(ids)] != ids:
-            piece = tokenizer.encode(part) if part else []
-            _check_same_text(ids + piece, prefix, tokenizer)
-        pieces.append(piece)
-        ids = ids + piece
-    return pieces
-
-
-def _parts(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
-    """Cuts a text at the borders of its spans: an odd number of parts, some maybe empty."""
-    borders = [0, *itertools.chain(*spans), len(text)]
-    return [text[start:end] for start, end in itertools.pairwise(borders)]
-
-
-def _check_same_text(ids: list[int], whole: list[int], tokenizer: ChatTokenizer) -> None:
-    pieced, text = (tokenizer.decode(x, skip_special_tokens=False) for x in (ids, whole))
-    if pieced != text:
-        found = f"a border between prompt and answer inside a token, near {text[-40:]!r}"
-        raise BadField("messages", found, "a chat template whose prompt does not end with a space")
-
-
-def assemble(turns: Sequence[Turn], max_len: int, record_id: str) -> Example:
+def assemble(
+    turns: Sequence[Turn],
+    max_len: int,
+    record_id: str,
+    source_max_len: int = 0,
+    target_max_len: int = 0,
+) -> Example:
     """Joins turns to an example of at most `max_len` tokens.
+
+    Args:
+        turns: of one record.
+        max_len: most tokens.
+        record_id: of the record.
+        source_max_len: most tokens of the first context; its first one (BOS) and its end stay.
+        target_max_len: most tokens of all that follows it.
 
     >>> turn = Turn([1, 2], [5, 6, 7, 9], closed=True)
     >>> example = assemble([turn, turn], 8, "a.jsonl:1")
@@ -357,11 +299,16 @@ def assemble(turns: Sequence[Turn], max_len: int, record_id: str) -> Example:
     >>> assemble([turn, turn], 5, "a.jsonl:1").tokens.tolist()
     [1, 2, 5, 6, 9]
     """
+    first = turns[0].context
+    if cut := 0 < source_max_len < len(first):
+        first = [first[0], *first[len(first) - source_max_len + 1 :]]
+    if target_max_len:
+        max_len = min(max_len, len(first) + target_max_len)
     tokens: list[int] = []
     mask: list[int] = []
     truncated = False
-    for turn in turns:
-        room = max_len - len(tokens) - len(turn.context)
+    for context, turn in zip([first, *(t.context for t in turns[1:])], turns, strict=True):
+        room = max_len - len(tokens) - len(context)
         target = turn.target
         if len(target) > room:
             truncated = True
@@ -369,13 +316,15 @@ def assemble(turns: Sequence[Turn], max_len: int, record_id: str) -> Example:
             if room < (2 if turn.closed else 1):
                 break
             target = [*target[: room - 1], target[-1]] if turn.closed else target[:room]
-        tokens += turn.context + target
-        mask += [0] * len(turn.context) + [1] * len(target)
+        tokens += context + target
+        mask += [0] * len(context) + [1] * len(target)
         if truncated:
             break
     if mask:
         mask[0] = 0
-    return Example(np.array(tokens, np.int32), np.array(mask, np.int32), record_id, truncated)
+    return Example(
+        np.array(tokens, np.int32), np.array(mask, np.int32), record_id, truncated or cut
+    )
 
 
 def _why_no_loss(turns: Sequence[Turn], max_len: int) -> str:

@@ -62,7 +62,9 @@ def load_records(
         if isinstance(item, Record):
             records.append(item)
         elif on_bad_record == "error":
-            raise DataError(f"{where}: {item}")
+            raise DataError(
+                f"{where}: {item}\n(correct it, or leave such records out: on_bad_record=skip)"
+            )
         else:
             problems.append(f"{where}: {item}")
             report.skip(problems[-1])

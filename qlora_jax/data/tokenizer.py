@@ -4,6 +4,7 @@ A `Tokenizer` joins three things that Hugging Face spreads over five files and G
 metadata: the `tokenizers` pipeline, the tokens that end a text, and the chat template.
 """
 
+import copy
 import functools
 import json
 import pathlib
@@ -13,6 +14,7 @@ from typing import Any
 import tokenizers
 import xxhash
 
+from qlora_jax.data.chat_formats import find_chat_format
 from qlora_jax.data.chat_template import render_chat_template
 from qlora_jax.data.gguf_tokenizer import adds_bos, build_gguf_tokenizer
 from qlora_jax.errors import DataError, WeightsError
@@ -44,6 +46,7 @@ class Tokenizer:
       pad_token_id: id for padding; the end token's where the model names none, else 0.
       add_bos_token: whether the model expects BOS before a plain text.
       chat_template: Jinja source, or None.
+      stop_strings: texts that end a reply as an end token does; of the chat format.
 
     Example:
       >>> words = tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?")
@@ -93,6 +96,29 @@ class Tokenizer:
         self.pad_token_id = fallback if pad_token_id is None else pad_token_id
         self.add_bos_token = add_bos_token
         self.chat_template = chat_template
+        self.stop_strings: tuple[str, ...] = ()
+
+    def with_chat_format(self, name: str) -> "Tokenizer":
+        """The same tokenizer with another way to write conversations.
+
+        Args:
+          name: of a `chat_formats.CHAT_FORMATS`, or "model" for the model's own template.
+
+        Returns:
+          A new tokenizer; this one stays as it is.
+
+        Raises:
+          ConfigError: there is no such format.
+        """
+        if name == "model":
+            return self
+        chat_format = find_chat_format(name)
+        begin = "{{ bos_token }}" if self.add_bos_token and not chat_format.writes_bos else ""
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)  # it covers the template
+        other.chat_template = begin + chat_format.template
+        other.stop_strings = chat_format.stop_strings
+        return other
 
     @classmethod
     def from_file(cls, path: pathlib.Path | str) -> "Tokenizer":

@@ -16,6 +16,7 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.flax_nnx import apply_qlora
 from qlora_jax.loading import base_fingerprint, load_model
 from qlora_jax.optim import make_optimizer, make_schedule
+from qlora_jax.training.data import with_chat_format
 
 
 def choose_compute_dtype(name: str, device: jax.Device) -> tuple[np.dtype, str]:
@@ -64,14 +65,15 @@ def build_model(
         dtype: compute dtype.
 
     Returns:
-        The model in training mode, its tokenizer, and the base's fingerprint.
+        The model in training mode, its tokenizer with the chat format of the data, and the base's
+        fingerprint.
     """
     remat = choose_remat(config.model.remat, jax.devices()[0])
     model, tokenizer = load_model(
         config.model.path, dtype=dtype, remat=remat, **_quantization(config)
     )
     fingerprint = base_fingerprint(model)
-    return adapt_model(model, config), tokenizer, fingerprint
+    return adapt_model(model, config), with_chat_format(tokenizer, config), fingerprint
 
 
 def _quantization(config: config_dict.ConfigDict) -> dict[str, Any]:

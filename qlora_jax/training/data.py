@@ -107,12 +107,23 @@ def token_options(config: config_dict.ConfigDict) -> dict[str, Any]:
     train_on, literal = data.train_on, False
     if data.name:
         train_on = SETS[data.name].train_on if train_on == "auto" else train_on
-        literal = SETS[data.name].literal
+        literal = SETS[data.name].literal and data.chat_format == "auto"
     return {
         "max_len": data.max_len,
+        "source_max_len": data.source_max_len,
+        "target_max_len": data.target_max_len,
         "train_on": "assistant" if train_on == "auto" else train_on,
         "literal": literal,
+        "paper_exact": data.paper_exact,
     }
+
+
+def with_chat_format(tokenizer: Tokenizer, config: config_dict.ConfigDict) -> Tokenizer:
+    """The tokenizer with the chat format of a configuration: for training, and for asking later."""
+    name = config.data.chat_format
+    if name == "auto":
+        name = SETS[config.data.name].chat_format if config.data.name else "model"
+    return tokenizer.with_chat_format(name)
 
 
 def choose_question(heldout: list[records.Record]) -> str | list[dict[str, str]] | None:
