@@ -36,6 +36,7 @@ from qlora_jax.config import get_config as get_config
 from qlora_jax.config import load_config as load_config
 from qlora_jax.generation import generate as generate
 from qlora_jax.loading import load_model as load_model
+from qlora_jax.packed_checkpoint import quantize_checkpoint as quantize_checkpoint
 from qlora_jax.planning import Plan as Plan
 from qlora_jax.planning import plan as plan
 from qlora_jax.training import TrainResult as TrainResult

@@ -4,13 +4,15 @@ The model is built without values (`nnx.eval_shape`) and its linear layers are m
 state, which costs nothing and says exactly which arrays must exist. Then each tensor of the file is
 read alone, quantized on the device and written into its layer of the stacked array, whose buffer is
 donated so that the write happens in place. The peak is the finished model and about two tensors.
+
+A checkpoint that is in 4 bits already is loaded as it is: of bitsandbytes tensor by tensor, of this
+project's own kind (`qlora_jax.weights.stacked`) by mapping its files into memory.
 """
 
-import dataclasses
-import functools
 import gc
 import pathlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,25 +21,23 @@ import numpy as np
 import xxhash
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
 
-from pallas_kernels import quantize_4bit, quantize_absmax
 from pallas_kernels.devices import release_unused_memory
+from qlora_jax.conversion import Rule, check_finite, convert, convert_into
 from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import WeightsError
+from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import quantize_model
 from qlora_jax.lora import is_quantized
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.nnx_linear import QuantizedParam
-from qlora_jax.quantized import QuantizedTensor, quantize
 from qlora_jax.tree import join_path
-from qlora_jax.weights import Checkpoint, Slot, open_checkpoint
+from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint, open_checkpoint
 from qlora_jax.weights.matching import match_tensors
+from qlora_jax.weights.names import find_slot, tensor_name
 
 Progress = Callable[[int, int, str], None]
-_PIECE_ELEMENTS = 1 << 20
 _GGUF_ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -54,6 +54,9 @@ def load_model(
 ) -> tuple[Llama, Tokenizer]:
     """Loads a model and its tokenizer, quantizing the linear layers on the way.
 
+    A checkpoint in 4 bits (a folder of scripts/quantize.py, or of bitsandbytes) is loaded as it is:
+    its own formats and its own choice of layers hold, whatever the next four arguments say.
+
     Args:
       path: a Hugging Face folder, a GGUF file, or "package:<package>/<file inside it>".
       quant_type: "nf4", "fp4" or "int4"; None keeps every weight in `dtype`.
@@ -69,7 +72,8 @@ def load_model(
 
     Raises:
       UserError: there is nothing at `path`.
-      ConfigError: the format is unknown, or `where` chooses no layer.
+      ConfigError: the format is unknown, `where` chooses no layer, or quant_type is None for a
+        checkpoint in 4 bits.
       WeightsError: a file is damaged, refused or not supported; tensors are missing, unknown or
         have another shape (all are listed); a tensor holds NaN or infinity.
 
@@ -81,7 +85,7 @@ def load_model(
     """
     checkpoint = open_checkpoint(resolve_path(str(path), kind="model"))
     config = read_config(checkpoint)
-    tokenizer = _read_tokenizer(checkpoint)
+    tokenizer = read_tokenizer(checkpoint)
     rows = tokenizer.backend.get_vocab_size(with_added_tokens=False)
     if rows > config.vocab_size:
         raise WeightsError(
@@ -91,7 +95,14 @@ def load_model(
     model = nnx.eval_shape(
         lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, remat=remat)
     )
-    if quant_type is not None:
+    if packed := packed_linears(checkpoint):
+        if quant_type is None:
+            raise ConfigError(
+                f"{checkpoint.path} is in 4 bits ({next(iter(packed.values()))}) and cannot be "
+                "loaded in 16 or 32. Give the original model, or leave quant_type as it is."
+            )
+        model = quantize_as(model, packed)
+    elif quant_type is not None:
         model = quantize_model(
             model,
             where=where,
@@ -101,6 +112,62 @@ def load_model(
         )
     fill_model(model, checkpoint, progress=progress)
     return model, tokenizer
+
+
+def packed_linears(checkpoint: Checkpoint) -> dict[str, PackedFormat]:
+    """The linear layers that a checkpoint has in 4 bits.
+
+    Layers are scanned: one projection of all layers is one array. So projections may differ in
+    their format, or be in 16 bits, but the layers of one projection may not.
+
+    Args:
+      checkpoint: an open model.
+
+    Returns:
+      The format of each by its path in the model; empty for a checkpoint in 16 bits.
+
+    Raises:
+      WeightsError: layers of one projection differ, or a tensor is in 4 bits that cannot be.
+    """
+    if isinstance(checkpoint, StackedCheckpoint):
+        return {path.removesuffix("/kernel"): kind for path, kind in checkpoint.formats.items()}
+    found: dict[str, dict[PackedFormat | None, list[Slot]]] = {}
+    for name in checkpoint.names() if checkpoint.formats else ():
+        slot, kind = find_slot(name, checkpoint.style), checkpoint.formats.get(name)
+        if slot is not None and slot.path.endswith("/kernel"):
+            found.setdefault(slot.path, {}).setdefault(kind, []).append(slot)
+        elif kind is not None and slot is not None:
+            raise WeightsError(
+                f"{checkpoint.path}: {name} is in 4 bits; only linear layers can be. Take a "
+                "checkpoint whose embedding is in 16 bits."
+            )
+    for path, kinds in found.items():
+        if len(kinds) > 1:
+            listing = "; ".join(
+                f"{kind or 'not in 4 bits'} ({len(slots)} layers, for example "
+                f"{tensor_name(slots[0], checkpoint.style)})"
+                for kind, slots in kinds.items()
+            )
+            raise WeightsError(
+                f"{checkpoint.path}: the layers of {path.removesuffix('/kernel')} differ: "
+                f"{listing}. All layers of a projection are one array here and need one format. "
+                "Take the 16-bit model (it is quantized while it is loaded), or a checkpoint "
+                "that treats all layers alike."
+            )
+    return {
+        path.removesuffix("/kernel"): kind
+        for path, kinds in found.items()
+        for kind in kinds
+        if kind is not None
+    }
+
+
+def quantize_as(model: Llama, packed: Mapping[str, PackedFormat]) -> Llama:
+    """An abstract model whose linear layers have the formats of `packed_linears`."""
+    for kind in set(packed.values()):
+        paths = "|".join(re.escape(path) for path in packed if packed[path] == kind)
+        model = quantize_model(model, where=paths, **kind._asdict())
+    return model
 
 
 def read_config(checkpoint: Checkpoint) -> LlamaConfig:
@@ -139,25 +206,24 @@ def fill_model(
     Raises:
       WeightsError: the checkpoint does not fit the model, or a tensor is not finite.
     """
-    variables = {
-        join_path(path): node
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Param | QuantizedParam)
-    }
-    plan = match_tensors(dict(_slots(variables)), checkpoint)
+    variables = frozen_variables(model)
+    if isinstance(checkpoint, StackedCheckpoint):
+        _fill_from_stacks(variables, checkpoint, progress)
+        return
+    plan = match_tensors(dict(slots(variables)), checkpoint)
     values: dict[str, Any] = {}
     for done, (name, slot) in enumerate(plan.items(), start=1):
         target = variables[slot.path].get_value()
-        rule = _Rule.of(slot, target)
+        rule = Rule.of(slot, target)
         weight = checkpoint.read(name)
-        _check_finite(weight, rule, f"{checkpoint.path}: {name}")
+        check_finite(weight, rule, f"{checkpoint.path}: {name}")
         if slot.layer is None:
-            values[slot.path] = _convert(weight, rule)
+            values[slot.path] = convert(weight, rule)
         else:
             if slot.path not in values:
                 values[slot.path] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target)
             layer = np.int32(slot.layer)
-            values[slot.path] = _convert_into(values[slot.path], weight, layer, rule)
+            values[slot.path] = convert_into(values[slot.path], weight, layer, rule)
         # One tensor at a time: wait for the device, then let go of the file's bytes. On the CPU
         # JAX uses them in place, and forgets them only when Python collects garbage.
         jax.block_until_ready(values[slot.path])
@@ -169,6 +235,15 @@ def fill_model(
             progress(done, len(plan), name)
     for path, value in values.items():
         variables[path].set_value(value)
+
+
+def frozen_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables of a base by path; those of adapters are not among them."""
+    return {
+        join_path(path): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Param | QuantizedParam) and not isinstance(node, nnx.LoRAParam)
+    }
 
 
 def base_fingerprint(model: nnx.Module) -> str:
@@ -189,11 +264,20 @@ def base_fingerprint(model: nnx.Module) -> str:
       >>> base_fingerprint(a) == base_fingerprint(b)
       False
     """
-    graphdef, _, base, _ = nnx.split(model, nnx.LoRAParam, (nnx.Param, QuantizedParam), ...)
-    digest = xxhash.xxh3_128()
+    _, _, base, _ = nnx.split(model, nnx.LoRAParam, (nnx.Param, QuantizedParam), ...)
     named = {join_path(path): variable for path, variable in nnx.to_flat_state(base)}
-    for path, variable in sorted(named.items()):
-        value = variable.get_value()
+    return hash_arrays({path: variable.get_value() for path, variable in named.items()})
+
+
+def hash_arrays(values: Mapping[str, Any]) -> str:
+    """The fingerprint of arrays and `QuantizedTensor`s by path; see `base_fingerprint`.
+
+    Example:
+      >>> hash_arrays({"a": np.ones(3), "b": np.ones(2)}) == hash_arrays({"a": np.ones(3)})
+      False
+    """
+    digest = xxhash.xxh3_128()
+    for path, value in sorted(values.items()):
         if is_quantized(value):
             digest.update(f"{value.quant_type},{value.block_size},{value.shape};".encode())
         elif jnp.issubdtype(value.dtype, jnp.floating):
@@ -208,150 +292,50 @@ def base_fingerprint(model: nnx.Module) -> str:
     return digest.hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-    """How a tensor of a file becomes (a layer of) an array of the model; static under jit."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    transpose: bool = False
-    quantize: tuple[tuple[str, Any], ...] | None = None
-
-    @classmethod
-    def of(cls, slot: Slot, target: Any) -> "_Rule":
-        """The rule for a slot whose variable has the (abstract) value `target`."""
-        if is_quantized(target):
-            options = dict(
-                quant_type=target.quant_type,
-                block_size=target.block_size,
-                double_quant=target.nested_absmax is not None,
-            )
-            return cls(target.shape, np.dtype(target.dtype), quantize=tuple(options.items()))
-        shape = tuple(target.shape if slot.layer is None else target.shape[1:])
-        if slot.path.endswith("/kernel"):
-            return cls(shape[::-1], np.dtype(target.dtype), transpose=True)
-        return cls(shape, np.dtype(target.dtype))
-
-    def apply(self, weight: Float[Array, "..."]) -> Any:
-        """Returns the converted tensor."""
-        if self.quantize is not None:
-            packed = quantize_in_pieces(weight, **dict(self.quantize))
-            return dataclasses.replace(packed, dtype=self.dtype)
-        return (weight.T if self.transpose else weight).astype(self.dtype)
-
-
-@functools.partial(jax.jit, static_argnames="rule")
-def _convert(weight: Float[Array, "..."], rule: _Rule) -> Any:
-    return rule.apply(weight)
-
-
-@functools.partial(jax.jit, static_argnames="rule", donate_argnames="stack")
-def _convert_into(
-    stack: Any, weight: Float[Array, "..."], layer: Int[Array, ""], rule: _Rule
-) -> Any:
-    """Writes a converted tensor into its layer of the donated stack."""
-
-    def write(stacked: Array, leaf: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(stacked, leaf, layer, axis=0)
-
-    return jax.tree.map(write, stack, rule.apply(weight))
-
-
-def quantize_in_pieces(
-    weight: Float[Array, "out in"], *, quant_type: str, block_size: int, double_quant: bool
-) -> QuantizedTensor:
-    """Gives what `quantize` gives, to the bit, with temporaries of a few megabytes.
-
-    In one piece the float32 temporaries are twice a bfloat16 weight. The planar order pairs the
-    first half of the blocks with the second, so a piece takes a slice of both.
-
-    Args:
-      weight: float32, bfloat16 or float16.
-      quant_type: see `quantize`.
-      block_size: see `quantize`.
-      double_quant: see `quantize`.
-
-    Returns:
-      The quantized tensor.
-
-    Example:
-      >>> weight = jnp.linspace(-1.0, 1.0, 64 * 128).reshape(64, 128)
-      >>> quantize_in_pieces(
-      ...     weight, quant_type="nf4", block_size=64, double_quant=True
-      ... ).codes.shape
-      (4096,)
-    """
-    pieces = 1
-    while weight.size > pieces * _PIECE_ELEMENTS and weight.size % (4 * pieces * block_size) == 0:
-        pieces *= 2
-    halves = weight.reshape(2, pieces, -1) if pieces > 1 else None
-    if halves is None:
-        options = dict(quant_type=quant_type, block_size=block_size, double_quant=double_quant)
-        return quantize(weight, **options)
-
-    def quantize_piece(index: Int[Array, ""]) -> tuple[Array, Array]:
-        piece = jax.lax.dynamic_index_in_dim(halves, index, axis=1, keepdims=False)
-        codes, absmax = quantize_4bit(piece, quant_type=quant_type, block_size=block_size)
-        return codes, absmax.reshape(2, -1)
-
-    codes, absmax = jax.lax.map(quantize_piece, jnp.arange(pieces))
-    absmax = absmax.swapaxes(0, 1).reshape(-1)
-    nested = offset = None
-    if double_quant:
-        absmax, nested, offset = quantize_absmax(absmax)
-    return QuantizedTensor(
-        codes.reshape(-1),
-        absmax,
-        nested,
-        offset,
-        quant_type,
-        block_size,
-        weight.shape,
-        weight.dtype,
-    )
-
-
-def _read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Reads the tokenizer that belongs to a model."""
     if checkpoint.style == "hf":
         return Tokenizer.from_file(checkpoint.path)
     return Tokenizer.from_gguf(checkpoint.config)
 
 
-def _slots(variables: dict[str, nnx.Variable]) -> Iterator[tuple[Slot, tuple[int, ...]]]:
-    """Yields every slot of the model with the shape that its tensor has in a file."""
+def slots(variables: Mapping[str, nnx.Variable]) -> Iterator[tuple[Slot, tuple[int, ...]]]:
+    """Yields every slot of the model with the shape that its tensor has in a file.
+
+    Args:
+      variables: of the model, by path; abstract.
+    """
     for path, variable in variables.items():
         target = variable.get_value()
         if not path.startswith("layers/"):
-            yield Slot(path, None), _Rule.of(Slot(path, None), target).shape
+            yield Slot(path, None), Rule.of(Slot(path, None), target).shape
             continue
         leading = target.leading_shape if is_quantized(target) else target.shape
         for layer in range(leading[0]):
-            yield Slot(path, layer), _Rule.of(Slot(path, layer), target).shape
+            yield Slot(path, layer), Rule.of(Slot(path, layer), target).shape
 
 
-def _check_finite(weight: np.ndarray, rule: _Rule, name: str) -> None:
-    """Refuses NaN and infinity, and values that the conversion would make infinite."""
-    largest = _largest_magnitude(weight)
-    if not np.isfinite(largest):
+def _fill_from_stacks(
+    variables: Mapping[str, nnx.Variable], checkpoint: StackedCheckpoint, progress: Progress | None
+) -> None:
+    """Maps the arrays of a stacked checkpoint; only dense ones of another dtype are copied."""
+    differing = sorted(variables.keys() ^ set(checkpoint.names()))
+    if differing:
         raise WeightsError(
-            f"{name} holds NaN or infinity. Download the file again, or take another model."
+            f"{checkpoint.path} does not hold the arrays of the model in its config.json: "
+            f"{differing[0]} is in only one of them. Quantize the original model again."
         )
-    if rule.quantize is None and largest > float(jnp.finfo(rule.dtype).max):
-        raise WeightsError(
-            f"{name} holds {largest:g}, which is infinite in {rule.dtype}. Load the model with "
-            "bfloat16 or float32 instead."
-        )
-
-
-def _largest_magnitude(weight: np.ndarray) -> float:
-    """Returns the largest absolute value; NaN counts as larger than infinity.
-
-    As unsigned integers without their sign bit, floats are ordered by magnitude with NaN at the
-    top, and NumPy compares integers many times faster than `ml_dtypes` compares bfloat16.
-    """
-    unsigned = np.dtype(f"u{weight.dtype.itemsize}")
-    mask = unsigned.type((1 << (8 * weight.dtype.itemsize - 1)) - 1)
-    bits = weight.reshape(-1).view(unsigned)
-    chunks = range(0, bits.size, _PIECE_ELEMENTS)
-    top = max((bits[i : i + _PIECE_ELEMENTS] & mask).max() for i in chunks)
-    return float(np.array([top], unsigned).view(weight.dtype)[0])
+    for done, (path, variable) in enumerate(variables.items(), start=1):
+        target, value = variable.get_value(), checkpoint.read(path)
+        name = f"{checkpoint.path}: {path}"
+        if value.shape != target.shape:
+            raise WeightsError(
+                f"{name} is {list(value.shape)}, the model in config.json needs "
+                f"{list(target.shape)}. Quantize the original model again."
+            )
+        rule = Rule(tuple(target.shape), np.dtype(target.dtype))
+        check_finite(value, rule, name)
+        # `device_put` takes mapped bytes as they are on a CPU, where `asarray` would copy them.
+        variable.set_value(rule.apply(jax.tree.map(jax.device_put, value)))
+        if progress is not None:
+            progress(done, len(variables), path)

@@ -17,10 +17,11 @@ from flax import nnx
 from synthetic_checkpoint import CONFIG, hf_shapes, write_checkpoint
 from test_gguf import permute_as_llama_cpp, write_gguf
 
-from qlora_jax import loading
+from qlora_jax import conversion, loading
+from qlora_jax.conversion import quantize_in_pieces
 from qlora_jax.errors import UserError, WeightsError, run_main
 from qlora_jax.flax_nnx import apply_qlora
-from qlora_jax.loading import base_fingerprint, load_model, quantize_in_pieces
+from qlora_jax.loading import base_fingerprint, load_model
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.nnx_linear import QuantizedParam
@@ -142,7 +143,7 @@ GGUF_SIZES = {
 @pytest.mark.parametrize("shape", [(96, 128), (33, 256), (64, 100), (512, 256)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_pieces_are_the_whole_to_the_bit(monkeypatch, shape, dtype):
-    monkeypatch.setattr(loading, "_PIECE_ELEMENTS", 1 << 11)
+    monkeypatch.setattr(conversion, "_PIECE_ELEMENTS", 1 << 11)
     weight = jax.random.normal(jax.random.key(0), shape, dtype)
     options = dict(quant_type="nf4", block_size=64, double_quant=True)
     in_pieces = jax.jit(lambda w: quantize_in_pieces(w, **options))

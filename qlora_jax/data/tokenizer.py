@@ -189,6 +189,40 @@ class Tokenizer:
             chat_template=metadata.get("tokenizer.chat_template"),
         )
 
+    def to_files(self) -> dict[str, str]:
+        """Writes what `from_file` reads, for a tokenizer that has no files of its own (GGUF).
+
+        Returns:
+          Contents by file name: `tokenizer.json`, `tokenizer_config.json` and
+          `generation_config.json`.
+        """
+        backend, bos = json.loads(self.backend.to_str()), self.bos_token_id
+        if self.add_bos_token and backend["post_processor"] is None:
+            token = self.backend.id_to_token(bos)
+            copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+            copy.post_processor = tokenizers.processors.TemplateProcessing(
+                single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, bos)]
+            )
+            backend = json.loads(copy.to_str())
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": self.add_bos_token,
+            **self._special_tokens(),
+        }
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        generation = {"bos_token_id": bos, "eos_token_id": list(self.eos_token_ids)}
+        generation = {key: value for key, value in generation.items() if value not in (None, [])}
+        files = {
+            "tokenizer.json": backend,
+            "tokenizer_config.json": settings,
+            "generation_config.json": generation,
+        }
+        return {
+            name: json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            for name, value in files.items()
+        }
+
     def encode(self, text: str) -> list[int]:
         """Turns a text into ids, without adding any special token.
 

@@ -259,6 +259,8 @@ def _hf_rope(values: Mapping[str, Any]) -> dict[str, Any]:
                 rope.get("original_max_position_embeddings") or values["max_position_embeddings"]
             ),
         )
+    elif kind == "factors" and rope.get("factors"):  # of `to_hf`; no other project writes it
+        scaling = RopeScaling("factors", factors=tuple(rope["factors"]))
     else:
         raise WeightsError(
             f"config.json has RoPE scaling {kind!r}; supported: 'default', 'linear', 'llama3'."

@@ -13,10 +13,13 @@ from ml_collections import config_dict
 
 from pallas_kernels.devices import cpu_multiplies_bfloat16
 from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import ConfigError, WeightsError
+from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import apply_qlora
-from qlora_jax.loading import base_fingerprint, load_model
+from qlora_jax.loading import base_fingerprint, load_model, packed_linears
 from qlora_jax.optim import make_optimizer, make_schedule
 from qlora_jax.training.data import with_chat_format
+from qlora_jax.weights import PackedFormat, StackedCheckpoint, open_checkpoint
 
 
 def choose_compute_dtype(name: str, device: jax.Device) -> tuple[np.dtype, str]:
@@ -67,13 +70,40 @@ def build_model(
     Returns:
         The model in training mode, its tokenizer with the chat format of the data, and the base's
         fingerprint.
+
+    Raises:
+        ConfigError: the model is in 4 bits already, in another format than the configuration says.
+        WeightsError: the model cannot be read, or is not what was once quantized.
     """
+    checkpoint = open_checkpoint(resolve_path(config.model.path))
+    _check_format(config, set(packed_linears(checkpoint).values()))
     remat = choose_remat(config.model.remat, jax.devices()[0])
     model, tokenizer = load_model(
         config.model.path, dtype=dtype, remat=remat, **_quantization(config)
     )
     fingerprint = base_fingerprint(model)
-    return adapt_model(model, config), with_chat_format(tokenizer, config), fingerprint
+    if isinstance(checkpoint, StackedCheckpoint) and dtype != jnp.float16:
+        if fingerprint != checkpoint.fingerprint:
+            raise WeightsError(
+                f"{config.model.path} has the fingerprint {fingerprint}, and had "
+                f"{checkpoint.fingerprint} when it was quantized: it is damaged. Quantize the "
+                "original model again."
+            )
+    model = adapt_model(model, config, quantize=False)
+    return model, with_chat_format(tokenizer, config), fingerprint
+
+
+def _check_format(config: config_dict.ConfigDict, found: set[PackedFormat]) -> None:
+    """Holds a configuration, which goes into a run's records, to what a packed model is."""
+    fields = config.model.quant_type, config.model.block_size, config.model.double_quant
+    asked = PackedFormat(*fields)
+    if found and asked not in found:
+        kind = min(found)
+        flags = " ".join(f"--config.model.{k}={v}".lower() for k, v in kind._asdict().items())
+        raise ConfigError(
+            f"{config.model.path} is in 4 bits already ({kind}), and the configuration says "
+            f"{asked}; add {flags} to train on it as it is, or give the 16-bit model"
+        )
 
 
 def _quantization(config: config_dict.ConfigDict) -> dict[str, Any]:
@@ -85,16 +115,22 @@ def _quantization(config: config_dict.ConfigDict) -> dict[str, Any]:
     )
 
 
-def adapt_model(model: nnx.Module, config: config_dict.ConfigDict) -> nnx.Module:
+def adapt_model(
+    model: nnx.Module, config: config_dict.ConfigDict, *, quantize: bool = True
+) -> nnx.Module:
     """Puts new adapters on a base, quantizing it where it is not yet.
 
     Args:
         model: also one without values (`nnx.eval_shape`).
         config: a whole configuration.
+        quantize: False leaves layers in 16 bits that are so in the model.
 
     Returns:
         The model in training mode.
     """
+    quantization = _quantization(config)
+    if not quantize:
+        quantization["quant_type"] = None
     model = apply_qlora(
         model,
         rank=config.lora.rank,
@@ -103,7 +139,7 @@ def adapt_model(model: nnx.Module, config: config_dict.ConfigDict) -> nnx.Module
         use_rslora=config.lora.use_rslora,
         lora_dtype=jnp.dtype(config.lora.dtype),
         rngs=nnx.Rngs(config.seed),
-        **_quantization(config),
+        **quantization,
     )
     model.train()
     return model

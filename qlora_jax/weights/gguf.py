@@ -26,6 +26,7 @@ from qlora_jax.weights.files import (
     read_array,
     refuse_pickle,
 )
+from qlora_jax.weights.packed import PackedFormat
 
 SUPPORTED_TYPES = (
     *("F32", "F16", "BF16", "Q8_0"),
@@ -65,6 +66,7 @@ class GGUFCheckpoint:
       path: the file.
       style: "gguf", how the tensors are named.
       config: the metadata, with GGUF's own keys (`llama.block_count`, `tokenizer.ggml.tokens`, …).
+      formats: of tensors that are taken in 4 bits; there are none, GGUF's own types are decoded.
     """
 
     style = "gguf"
@@ -80,6 +82,7 @@ class GGUFCheckpoint:
             that is not supported; all such types are named.
         """
         self.path = path
+        self.formats: dict[str, PackedFormat] = {}
         refuse_pickle(path)
         with open(path, "rb") as file:
             self.config, self._entries = _Header(path, file).parse()

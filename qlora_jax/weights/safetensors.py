@@ -22,8 +22,9 @@ from qlora_jax.weights.files import (
     read_array,
     refuse_pickle,
 )
+from qlora_jax.weights.packed import PackedFormat
 
-_DTYPES = {
+DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -40,10 +41,13 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """Where a tensor lies."""
+
     path: pathlib.Path
     offset: int
     shape: tuple[int, ...]
@@ -57,6 +61,7 @@ class SafetensorsCheckpoint:
       path: the folder.
       style: "hf", how the tensors are named.
       config: the contents of `config.json`.
+      formats: of the 4-bit tensors by name; there are none here.
     """
 
     style = "hf"
@@ -68,14 +73,14 @@ class SafetensorsCheckpoint:
           path: a folder with `config.json` and `model.safetensors` or its index.
 
         Raises:
-          WeightsError: something is missing, damaged, a pickle, or quantized already.
+          WeightsError: something is missing, damaged or a pickle.
         """
         self.path = path
         self.config = read_json(path / "config.json", "the model's configuration")
-        _refuse_quantized(path, self.config)
-        self._entries: dict[str, _Entry] = {}
+        self.formats: dict[str, PackedFormat] = {}
+        self._entries: dict[str, Entry] = {}
         for file, wanted in _find_shards(path).items():
-            found = _read_header(file)
+            found = read_header(file)
             if wanted is not None and (absent := wanted - found.keys()):
                 raise WeightsError(
                     f"{file} lacks {len(absent)} tensors that model.safetensors.index.json says "
@@ -107,9 +112,13 @@ class SafetensorsCheckpoint:
         Raises:
           WeightsError: the file has become shorter than its header says.
         """
-        entry = self._entries[name]
-        with open(entry.path, "rb", buffering=0) as file:
-            return read_array(file, entry.offset, entry.shape, entry.dtype)
+        return read_entry(self._entries[name])
+
+
+def read_entry(entry: Entry) -> np.ndarray:
+    """Reads a tensor from its place into memory of its own."""
+    with open(entry.path, "rb", buffering=0) as file:
+        return read_array(file, entry.offset, entry.shape, entry.dtype)
 
 
 def read_json(path: pathlib.Path, purpose: str) -> dict[str, Any]:
@@ -143,16 +152,6 @@ def read_json(path: pathlib.Path, purpose: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"{path} ({purpose}) holds {type(value).__name__}, not a JSON object.")
     return value
-
-
-def _refuse_quantized(path: pathlib.Path, config: dict[str, Any]) -> None:
-    """Refuses a checkpoint whose weights are in somebody's low-bit format."""
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "an unnamed method")
-        raise WeightsError(
-            f"{path} is quantized already (quant_method {method!r} in config.json). Give the "
-            "original 16- or 32-bit model; it is quantized to 4 bits while it is loaded."
-        )
 
 
 def _find_shards(path: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
@@ -195,8 +194,18 @@ def _explain_no_weights(path: pathlib.Path) -> str:
     )
 
 
-def _read_header(path: pathlib.Path) -> dict[str, _Entry]:
-    """Reads one file's header and checks that every tensor lies inside the file."""
+def read_header(path: pathlib.Path) -> dict[str, Entry]:
+    """Reads one file's header and checks that every tensor lies inside the file.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      The place of each tensor by its name.
+
+    Raises:
+      WeightsError: the file is damaged, cut off, or no safetensors file.
+    """
     refuse_pickle(path)
     size = file_size(path)
     with open(path, "rb") as file:
@@ -220,10 +229,10 @@ def _read_header(path: pathlib.Path) -> dict[str, _Entry]:
         ) from None
 
 
-def _parse_entry(path: pathlib.Path, start: int, info: dict[str, Any]) -> _Entry:
+def _parse_entry(path: pathlib.Path, start: int, info: dict[str, Any]) -> Entry:
     """Turns one header entry into a place in the file."""
-    if (dtype := _DTYPES.get(info["dtype"])) is None:
-        raise ValueError(f"unknown dtype {info['dtype']}, known are {', '.join(_DTYPES)}")
+    if (dtype := DTYPES.get(info["dtype"])) is None:
+        raise ValueError(f"unknown dtype {info['dtype']}, known are {', '.join(DTYPES)}")
     shape = tuple(int(dim) for dim in info["shape"])
     begin, end = info["data_offsets"]
     nbytes = math.prod(shape) * dtype.itemsize
@@ -234,4 +243,4 @@ def _parse_entry(path: pathlib.Path, start: int, info: dict[str, Any]) -> _Entry
             f"{path} is cut off: a tensor reaches to byte {start + end}, the file has "
             f"{file_size(path)}. Download it again."
         )
-    return _Entry(path, start + begin, shape, dtype)
+    return Entry(path, start + begin, shape, dtype)

@@ -1,0 +1,379 @@
+"""A packed checkpoint: quantize a model once, and load its 4-bit bytes from then on.
+
+Two kinds of folders. `"qlora_jax"` (see `qlora_jax.weights.stacked`) holds the arrays as they are
+in memory and is loaded by mapping; it takes every format. `"bitsandbytes"` (see
+`qlora_jax.weights.bitsandbytes`) is what transformers loads and saves, NF4 and FP4. The weights are
+the same to the bit, and so is the fingerprint of the base. What is in 4 bits already is not
+quantized again but written in the other order.
+
+One tensor at a time is read, converted and written to its place; `qlora_jax.weights.writing` says
+what happens when that is interrupted.
+"""
+
+import dataclasses
+import gc
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.devices import release_unused_memory
+from qlora_jax.conversion import Rule, check_finite, convert
+from qlora_jax.errors import ConfigError, WeightsError
+from qlora_jax.files import fingerprint, resolve_path
+from qlora_jax.flax_nnx import quantize_model
+from qlora_jax.loading import (
+    frozen_variables,
+    hash_arrays,
+    packed_linears,
+    quantize_as,
+    read_config,
+    read_tokenizer,
+    slots,
+)
+from qlora_jax.lora import is_quantized
+from qlora_jax.models.hf_config import to_hf
+from qlora_jax.models.llama import Llama
+from qlora_jax.quantized import QuantizedTensor
+from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint, open_checkpoint
+from qlora_jax.weights import bitsandbytes as bnb
+from qlora_jax.weights.matching import match_tensors
+from qlora_jax.weights.names import tensor_name
+from qlora_jax.weights.safetensors import DTYPE_NAMES, read_header
+from qlora_jax.weights.stacked import INDEX, PARTS, VERSION, map_entry
+from qlora_jax.weights.writing import FolderWriter, Piece, TensorSpec, split_into_files
+
+Progress = Callable[[int, int, str], None]
+FORMATS = ("qlora_jax", "bitsandbytes")
+# Files that go along from a Hugging Face folder, where they are there.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def quantize_checkpoint(
+    path: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    format: Literal["qlora_jax", "bitsandbytes"] = "qlora_jax",
+    quant_type: str | None = None,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
+    where: str = "all-linear",
+    file_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+) -> pathlib.Path:
+    """Writes a packed checkpoint that `load_model` reads without quantizing again.
+
+    The same call after an interruption, also a kill, continues; after success it does nothing.
+
+    Args:
+      path: a model, as for `load_model`. One that is in 4 bits keeps its formats and is only
+        written in the other order.
+      out: a new folder.
+      format: "qlora_jax", or "bitsandbytes" for transformers.
+      quant_type: "nf4", "fp4" or "int4"; None: "nf4", or what the model has.
+      block_size: elements that share one absmax; None: 64, or what the model has.
+      double_quant: quantize the absmax values as well; None: yes, or what the model has.
+      where: which layers, as in `load_model`; not looked at for a model in 4 bits.
+      file_bytes: a file that would grow beyond this is split.
+      progress: called with (bytes done, bytes in all, name of the tensor), bytes of the input.
+
+    Returns:
+      `out`.
+
+    Raises:
+      ConfigError: the format is unknown or differs from that of a model in 4 bits.
+      WeightsError: the model cannot be read, or `out` not be written; what is written so far stays.
+
+    Example:
+      >>> quantize_checkpoint("llama", "llama-nf4")  # doctest: +SKIP
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"{format=} is unknown; use one of {', '.join(FORMATS)}.")
+    source = open_checkpoint(resolve_path(str(path)))
+    asked = dict(quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+    variables = frozen_variables(_abstract_model(source, asked, where))
+    layout = (_Stacked if format == "qlora_jax" else _Bitsandbytes)(source, variables)
+    out = pathlib.Path(out).expanduser()
+    job = {
+        "format": format,
+        "weights": {name: str(kind) for name, kind in layout.formats.items()},
+        "file_bytes": file_bytes,
+        "source": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in _files(source.path)],
+    }
+    with FolderWriter(out, job) as writer:
+        if writer.finished:
+            return out
+        writer.allocate(split_into_files(layout.groups(), file_bytes))
+        total = sum(layout.nbytes(*item) for item in layout.plan.items())
+        done = 0
+        for name, slot in layout.plan.items():
+            if name not in writer.done:
+                weight = _read(source, name, slot)
+                rule = Rule.of(slot, variables[slot.path].get_value())
+                check_finite(weight, rule, f"{source.path}: {name}")
+                writer.write(name, *layout.pieces(name, slot, weight, rule))
+                # As in `fill_model`: on the CPU JAX uses the file's bytes in place.
+                del weight
+                gc.collect(0)
+                if slot.layer in (None, 0):
+                    release_unused_memory()
+            done += layout.nbytes(name, slot)
+            if progress is not None:
+                progress(done, total, name)
+        files = writer.finish_files()
+        for name, content in (_companions(source) | layout.descriptions(files)).items():
+            writer.write_file(name, content)
+        writer.finish()
+    return out
+
+
+def _abstract_model(source: Checkpoint, asked: Mapping[str, Any], where: str) -> Llama:
+    """The model without values, its linear layers as they will be written."""
+    config = read_config(source)
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    if packed := packed_linears(source):
+        for kind in set(packed.values()):
+            wrong = {k: v for k, v in asked.items() if v not in (None, getattr(kind, k))}
+            if wrong:
+                raise ConfigError(
+                    f"{source.path} is in 4 bits already ({kind}), but "
+                    f"{', '.join(f'{k}={v}' for k, v in wrong.items())} was asked for. Leave that "
+                    "out, or give the 16-bit model."
+                )
+        return quantize_as(model, packed)
+    defaults = dict(quant_type="nf4", block_size=64, double_quant=True)
+    chosen = {k: v for k, v in asked.items() if v is not None}
+    return quantize_model(model, where=where, **(defaults | chosen))
+
+
+class _Layout:
+    """What the two kinds of folders have in common: the input's tensors and their places.
+
+    Attributes:
+      plan: the slot of each of the input's tensors, in the input's order.
+      formats: of the kernels by path.
+    """
+
+    def __init__(self, source: Checkpoint, variables: Mapping[str, nnx.Variable]):
+        self.source, self.variables = source, variables
+        self.targets = {path: variable.get_value() for path, variable in variables.items()}
+        self.formats = {p: PackedFormat.of(q) for p, q in self.targets.items() if is_quantized(q)}
+        wanted = dict(slots(variables))
+        if isinstance(source, StackedCheckpoint):
+            self.plan = {_layer_name(slot): slot for slot in wanted}
+        else:
+            self.plan = match_tensors(wanted, source)
+
+    def dtype(self, name: str, slot: Slot) -> np.dtype:
+        """In which a tensor is kept: its own, but at most float32."""
+        stacked = isinstance(self.source, StackedCheckpoint)
+        dtype = self.source.dtype(slot.path if stacked else name)
+        return np.dtype(np.float32) if dtype.itemsize > 4 else dtype
+
+    def nbytes(self, name: str, slot: Slot) -> int:
+        """Bytes of a tensor of the input before it was in 4 bits."""
+        shape = Rule.of(slot, self.targets[slot.path]).shape
+        return math.prod(shape) * self.dtype(name, slot).itemsize
+
+    def config(self) -> dict[str, Any]:
+        """The `config.json` of the model itself."""
+        if self.source.style == "hf":
+            return {k: v for k, v in self.source.config.items() if k != "quantization_config"}
+        tokenizer = read_tokenizer(self.source)
+        ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=list(tokenizer.eos_token_ids))
+        return to_hf(read_config(self.source)) | ends | {"torch_dtype": "float32"}
+
+
+class _Stacked(_Layout):
+    """`qlora_jax.weights.stacked`: one tensor for each array of the model."""
+
+    def __init__(self, source: Checkpoint, variables: Mapping[str, nnx.Variable]):
+        super().__init__(source, variables)
+        self.dtypes: dict[str, np.dtype] = {}
+        for name, slot in self.plan.items():
+            dtype = self.dtype(name, slot)
+            # Of layers with different dtypes one that holds all of their values.
+            self.dtypes[slot.path] = jnp.promote_types(self.dtypes.get(slot.path, dtype), dtype)
+
+    def groups(self) -> list[dict[str, TensorSpec]]:
+        """The tensors of the files; what belongs to one array stays together."""
+        groups = []
+        for path, target in self.targets.items():
+            group = {}
+            for name, leaf in _named_leaves(path, target):
+                dtype = leaf.dtype if is_quantized(target) else self.dtypes[path]
+                group[name] = TensorSpec(tuple(leaf.shape), np.dtype(dtype))
+            groups.append(group)
+        return groups
+
+    def pieces(
+        self, name: str, slot: Slot, weight: Any, rule: Rule
+    ) -> tuple[list[Piece], dict[str, bytes]]:
+        """What to write for one tensor of the input."""
+        rule = dataclasses.replace(rule, dtype=self.dtypes[slot.path])
+        value = jax.tree.map(np.asarray, convert(weight, rule))
+        layer = slot.layer or 0
+        named = _named_leaves(slot.path, value)
+        return [Piece(leaf_name, layer * leaf.nbytes, leaf) for leaf_name, leaf in named], {}
+
+    def descriptions(self, files: list[pathlib.Path]) -> dict[str, bytes]:
+        """The small files of this kind, `config.json` last."""
+        entries = {name: entry for file in files for name, entry in read_header(file).items()}
+        values = {}
+        for path, target in self.targets.items():
+            leaves = [map_entry(entries[name]) for name, _ in _named_leaves(path, target)]
+            values[path] = jax.tree.unflatten(jax.tree.structure(target), leaves)
+        index = {
+            "format": StackedCheckpoint.METHOD,
+            "version": VERSION,
+            "base_fingerprint": hash_arrays(values),
+            "files": {
+                file.name: {"bytes": file.stat().st_size, "xxh3_128": fingerprint(file)}
+                for file in files
+            },
+            "kernels": {
+                path: {
+                    **kind._asdict(),
+                    "shape": self.targets[path].shape,
+                    "layers": next(iter(self.targets[path].leading_shape), None),
+                    "dtype": DTYPE_NAMES[self.dtypes[path]],
+                }
+                for path, kind in self.formats.items()
+            },
+        }
+        method = {"quant_method": StackedCheckpoint.METHOD, "version": VERSION}
+        config = self.config() | {"quantization_config": method}
+        weight_map = {name: entry.path.name for name, entry in entries.items()}
+        return _weight_index(weight_map) | {INDEX: _json(index), "config.json": _json(config)}
+
+
+class _Bitsandbytes(_Layout):
+    """`qlora_jax.weights.bitsandbytes`: Hugging Face's names, a tensor for each layer."""
+
+    def __init__(self, source: Checkpoint, variables: Mapping[str, nnx.Variable]):
+        super().__init__(source, variables)
+        for path, kind in self.formats.items():
+            if kind.quant_type not in bnb.QUANT_TYPES:
+                raise ConfigError(
+                    f"bitsandbytes has no {kind.quant_type} ({path}); choose one of "
+                    f"{', '.join(bnb.QUANT_TYPES)}, or format qlora_jax."
+                )
+        scaling = self.config().get("rope_scaling") or {}
+        if scaling.get("rope_type") == "factors":
+            raise WeightsError(
+                f"{source.path} has RoPE factors that no config.json of transformers can say. Give "
+                "the original Hugging Face model, or choose format qlora_jax."
+            )
+
+    def groups(self) -> list[dict[str, TensorSpec]]:
+        """The tensors of the files; what belongs to one weight stays together."""
+        groups = []
+        for name, slot in self.plan.items():
+            target, dtype = self.targets[slot.path], self.dtype(name, slot)
+            shape, name = Rule.of(slot, target).shape, tensor_name(slot, "hf")
+            if slot.path not in self.formats:
+                groups.append({name: TensorSpec(shape, dtype)})
+                continue
+            specs = bnb.file_specs(name, self.formats[slot.path], shape, dtype)
+            groups.append({n: TensorSpec(*spec, tail=bnb.STATE in n) for n, spec in specs.items()})
+        return groups
+
+    def pieces(
+        self, name: str, slot: Slot, weight: Any, rule: Rule
+    ) -> tuple[list[Piece], dict[str, bytes]]:
+        """What to write for one tensor of the input."""
+        dtype, written = self.dtype(name, slot), tensor_name(slot, "hf")
+        if rule.quantize is None:
+            return [Piece(written, 0, weight.astype(dtype, copy=False))], {}
+        if not is_quantized(weight):
+            weight = convert(weight, dataclasses.replace(rule, dtype=dtype))
+        tensors = bnb.file_tensors(written, weight)
+        tails = {name: tensors.pop(name).tobytes() for name in list(tensors) if bnb.STATE in name}
+        return [Piece(name, 0, values) for name, values in tensors.items()], tails
+
+    def descriptions(self, files: list[pathlib.Path]) -> dict[str, bytes]:
+        """The small files of this kind, `config.json` last."""
+        weight_map = {name: file.name for file in files for name in read_header(file)}
+        config = self.config()
+        if isinstance(self.source, bnb.BitsandbytesCheckpoint):
+            config = self.source.config  # as it was, also what only transformers understands
+        else:
+            config["quantization_config"] = self._quantization()
+        return _weight_index(weight_map) | {"config.json": _json(config)}
+
+    def _quantization(self) -> dict[str, Any]:
+        kinds = list(self.formats.values())
+        dense = {path.split("/")[-2] for path in self.targets if path.endswith("/kernel")}
+        dense -= {path.split("/")[-2] for path in self.formats}
+        skip = None
+        if dense - {"lm_head"} or "lm_head/kernel" in self.formats:
+            head = set() if "lm_head/kernel" in self.formats else {"lm_head"}
+            skip = sorted(dense | head)
+        dtypes = [self.dtype(n, slot) for n, slot in self.plan.items() if slot.path in self.formats]
+        return bnb.quantization_config(
+            max(kinds, key=kinds.count), compute_dtype=dtypes[0].name, skip=skip
+        )
+
+
+def _named_leaves(path: str, value: Any) -> list[tuple[str, Any]]:
+    """The arrays of a value with the names that a stacked checkpoint gives them."""
+    if not is_quantized(value):
+        return [(path, value)]
+    leaves = {part: getattr(value, part) for part in PARTS}
+    return [(f"{path}.{part}", leaf) for part, leaf in leaves.items() if leaf is not None]
+
+
+def _layer_name(slot: Slot) -> str:
+    return slot.path if slot.layer is None else f"{slot.path}[{slot.layer}]"
+
+
+def _read(source: Checkpoint, name: str, slot: Slot) -> np.ndarray | QuantizedTensor:
+    """Reads a tensor in the orientation of files, also out of a stacked checkpoint."""
+    if not isinstance(source, StackedCheckpoint):
+        return source.read(name)
+    value = source.read(slot.path)
+    if slot.layer is not None:
+        value = jax.tree.map(lambda leaf: leaf[slot.layer], value)
+    if slot.path.endswith("/kernel") and not is_quantized(value):
+        return np.ascontiguousarray(value.T)
+    return value
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted([*path.glob("*.safetensors"), path / "config.json"] if path.is_dir() else [path])
+
+
+def _companions(source: Checkpoint) -> dict[str, bytes]:
+    """Tokenizer and generation settings: files of the input, or made from GGUF's metadata."""
+    if source.style != "hf":
+        return {name: text.encode() for name, text in read_tokenizer(source).to_files().items()}
+    paths = [source.path / name for name in _COMPANIONS]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def _weight_index(weight_map: Mapping[str, str]) -> dict[str, bytes]:
+    """The index that several files need."""
+    if len(set(weight_map.values())) == 1:
+        return {}
+    index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
+    return {"model.safetensors.index.json": _json(index)}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
