@@ -74,6 +74,9 @@ def get_config() -> config_dict.ConfigDict:
     # A file or a directory of files, package:<package>/<file inside it>, or a name on the hub;
     # "": where data.name is on the hub.
     data.path = ""
+    # Several sets, instead of name and path: "oasst1*2, alpaca=/data/alpaca.json*0.5" shows OASST1
+    # twice an epoch, and half of Alpaca.
+    data.mixture = ""
     # messages | prompt_completion | text | conversations | alpaca | input_output | mmlu_cot | auto
     # (look at the first record).
     data.format = "auto"
@@ -98,6 +101,8 @@ def get_config() -> config_dict.ConfigDict:
     # Held-out records: a file of its own, or else this fraction of data.path.
     data.eval_path = ""
     data.eval_fraction = 0.1
+    # Leave out records that say the same as an earlier one, before anything is held out.
+    data.deduplicate = False
     # What a record that cannot be used leads to: error | skip.
     data.on_bad_record = "error"
     # 0: all of them.

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from qlora_jax import errors
-from qlora_jax.data import chat_formats, line_formats, sets
+from qlora_jax.data import chat_formats, line_formats, mixture, sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,9 @@ def _combination_problems(fields: Mapping[str, Any]) -> list[str]:
     """Says which fields, each fine by itself, exclude one another."""
     problems = _length_problems(fields)
     name = fields.get("data.name")
-    if "data.path" in fields and not fields["data.path"]:
+    if fields.get("data.mixture"):
+        problems += _mixture_problems(fields)
+    elif "data.path" in fields and not fields["data.path"]:
         if not name:
             problems.append(f"data.path: got '', needs to be {_NOT_EMPTY.needs}, or set data.name")
         elif not sets.SETS[name].hub:
@@ -213,6 +215,19 @@ def _combination_problems(fields: Mapping[str, Any]) -> list[str]:
             "data.group_by_length: got True with data.packing=True, needs data.packing=False: "
             "packed sequences are full, and all of the same length"
         )
+    return problems
+
+
+def _mixture_problems(fields: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"data.{name}: got {fields[f'data.{name}']!r}, needs to be empty beside data.mixture"
+        for name in ("name", "path")
+        if fields.get(f"data.{name}")
+    ]
+    try:
+        mixture.parse_mixture(fields["data.mixture"])
+    except errors.ConfigError as error:
+        problems.append(f"data.mixture: {error}")
     return problems
 
 

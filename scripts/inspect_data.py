@@ -2,6 +2,7 @@
 
     python scripts/inspect_data.py --config=configs/smollm2_135m.py
     python scripts/inspect_data.py --data=train.jsonl --model=path/to/model
+    python scripts/inspect_data.py --name=oasst1 --model=path/to/model --num=0
 
 No weight is read, only the model's tokenizer and chat template.
 """
@@ -11,17 +12,12 @@ from absl import flags
 from qlora_jax import command_line, config
 from qlora_jax.data.display import print_data
 from qlora_jax.data.masking import tokenize_records
-from qlora_jax.data.records import load_records
+from qlora_jax.data.overlap import measure_overlap
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError
 from qlora_jax.files import resolve_path
-from qlora_jax.training.data import (
-    data_path,
-    record_options,
-    token_options,
-    with_chat_format,
-)
+from qlora_jax.training.data import load_portions, token_options, with_chat_format
 from qlora_jax.weights import open_checkpoint
 
 _CONFIG = command_line.define_config(required=False)
@@ -49,27 +45,39 @@ def main() -> None:
     given = {"path": _DATA, "name": _NAME, "format": _FORMAT, "max_len": _MAX_LEN}
     given["train_on"] = _TRAIN_ON
     data.update({name: flag.value for name, flag in given.items() if flag.value is not None})
-    model = _MODEL.value or settings.model.path
-    if not (data.path or data.name) or not model:
+    settings.model.path = model = _MODEL.value or settings.model.path
+    if not (data.path or data.name or data.mixture) or not model:
         raise ConfigError(
             "need --config=file.py, or --model=path with --data=file.jsonl or --name=<set>"
         )
+    if _CONFIG.value is None:
+        data.eval_fraction = 0.0  # a file is looked at whole
+    config.validate(settings)
     tokenizer = with_chat_format(load_tokenizer(model), settings)
     report = DataReport()
-    records = load_records(
-        data_path(settings),
-        max_records=data.max_records,
-        report=report,
-        **record_options(settings),
-    )
-    examples = tokenize_records(
-        records,
+    portions = load_portions(settings, report)
+    examples = [
+        example
+        for portion in portions
+        for example in tokenize_records(
+            [*portion.train, *portion.heldout],
+            tokenizer,
+            report=report,
+            on_bad_record=data.on_bad_record,
+            **token_options(settings, portion.source.name),
+        )
+    ]
+    train = [record for portion in portions for record in portion.train]
+    heldout = [record for portion in portions for record in portion.heldout]
+    print_data(
+        examples,
+        report,
         tokenizer,
-        report=report,
-        on_bad_record=data.on_bad_record,
-        **token_options(settings),
+        seq_len=data.max_len,
+        count=_NUM.value,
+        rows=settings.train.batch_size * settings.train.grad_accum,
+        facts=[f"overlap         {measure_overlap(train, heldout).line()}"] if heldout else [],
     )
-    print_data(examples, report, tokenizer, seq_len=data.max_len, count=_NUM.value)
 
 
 if __name__ == "__main__":

@@ -81,13 +81,17 @@ def test_printed_data_has_records_histogram_and_numbers(examples):
     assert "2 of 2 records; tokens that carry loss stand between «…»" in text
     assert "a.jsonl:2: 37 tokens, 6 with loss" in text
     assert "2 records read, 0 skipped, 0 truncated, 0 dropped" in text
-    assert "with packing    1 rows of 64" in text and "without packing 2 rows of 64" in text
+    assert "packed          1 rows of 64" in text and "padded          2 rows of 64" in text
     assert "\x1b" not in text
 
 
 def test_stats_of_an_empty_set_divide_nothing_by_zero():
     stats = summarize([], 8)
-    assert (stats.loss_share, stats.padding_share(True), stats.longest) == (0, 0, 0)
+    assert (stats.loss_share, stats.padding_share(stats.packed_rows * 8), stats.longest) == (
+        0,
+        0,
+        0,
+    )
 
 
 def run_script(*arguments):

@@ -121,6 +121,8 @@ def print_data(
     *,
     seq_len: int,
     count: int = 3,
+    rows: int = 16,
+    facts: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
     """Prints some examples, the histogram of lengths, and the numbers.
@@ -131,6 +133,8 @@ def print_data(
         tokenizer: decodes them.
         seq_len: tokens of one row of a batch, for the share of padding.
         count: how many examples to print, spread evenly over the file.
+        rows: rows of a batch, for the share of padding when grouped by length.
+        facts: further lines for the numbers.
         console: where to; standard output by default.
     """
     console = console or Console(highlight=False)
@@ -154,5 +158,5 @@ def print_data(
         line(f"  {row}")
     line()
     line("In numbers", style="bold")
-    for row in [*report.lines(), *summarize(examples, seq_len).lines()]:
+    for row in [*report.lines(), *summarize(examples, seq_len, rows).lines(), *facts]:
         line(f"  {row}")

@@ -63,7 +63,7 @@ def load_records(
             records.append(item)
         elif on_bad_record == "error":
             raise DataError(
-                f"{where}: {item}\n(correct it, or leave such records out: on_bad_record=skip)"
+                f"{where}: {item}\n(correct it; data.on_bad_record=skip leaves such records out)"
             )
         else:
             problems.append(f"{where}: {item}")

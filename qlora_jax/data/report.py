@@ -17,6 +17,8 @@ class DataReport:
         skipped: bad records left out (only with `on_bad_record="skip"`).
         truncated: examples cut to the maximum length.
         dropped: examples left out because no token of an answer fits.
+        duplicates: records that say the same as an earlier one.
+        duplicates_dropped: whether these were left out.
         samples: the messages of the first few skipped or dropped ones.
 
     >>> report = DataReport()
@@ -30,6 +32,8 @@ class DataReport:
     skipped: int = 0
     truncated: int = 0
     dropped: int = 0
+    duplicates: int = 0
+    duplicates_dropped: bool = False
     samples: list[str] = dataclasses.field(default_factory=list)
 
     def skip(self, message: str) -> None:
@@ -53,6 +57,11 @@ class DataReport:
             f"{self.records:,} records read, {self.skipped:,} skipped, "
             f"{self.truncated:,} truncated, {self.dropped:,} dropped"
         )
+        if self.duplicates:
+            what = (
+                "left out" if self.duplicates_dropped else "kept (data.deduplicate=True drops them)"
+            )
+            head += f"; {self.duplicates:,} duplicate{'s' * (self.duplicates > 1)} {what}"
         more = self.skipped + self.dropped - len(self.samples)
         tail = [f"  ... and {more:,} more"] if more > 0 else []
         return [head, *(f"  {message}" for message in self.samples), *tail]

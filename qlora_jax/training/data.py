@@ -10,6 +10,8 @@ from ml_collections import config_dict
 from qlora_jax import hub
 from qlora_jax.data import batches, masking, records
 from qlora_jax.data.data_files import find_files
+from qlora_jax.data.mixture import Source, parse_mixture, repeat
+from qlora_jax.data.overlap import drop_duplicates
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.sets import SETS, set_files
 from qlora_jax.data.tokenizer import Tokenizer
@@ -38,54 +40,125 @@ class TrainingData:
     report: DataReport
 
 
-def load_training_data(config: config_dict.ConfigDict, tokenizer: Tokenizer) -> TrainingData:
+@dataclasses.dataclass(frozen=True)
+class Portion:
+    """The records of one set of a run.
+
+    Attributes:
+        source: which set, where it is, and how often an epoch shows it.
+        train: records to train on.
+        heldout: records that are only measured.
+    """
+
+    source: Source
+    train: list[records.Record]
+    heldout: list[records.Record]
+
+
+def load_training_data(
+    config: config_dict.ConfigDict, tokenizer: Tokenizer, vocab_size: int | None = None
+) -> TrainingData:
     """Reads, splits and tokenizes what the configuration names.
 
-    The split is made over records, before anything is tokenized or packed, so no held-out record
-    shares a row with a trained one.
+    Args:
+        config: a whole configuration.
+        tokenizer: the model's, with the chat format of the configuration.
+        vocab_size: rows of the model's embedding.
 
     Raises:
-        DataError: a record is bad (with `on_bad_record="error"`), or nothing is left to train on.
+        DataError: a record is bad (with `on_bad_record="error"`), nothing is left to train on, or a
+            token has no row in the embedding.
     """
-    data, report = config.data, DataReport()
-    path, options = data_path(config), record_options(config)
-    trained = records.load_records(path, max_records=data.max_records, report=report, **options)
-    hashes = [_fingerprint(path, options["format"])]
-    if data.eval_path:
-        heldout = records.load_records(data.eval_path, report=report, **options)
-        hashes.append(_fingerprint(data.eval_path, options["format"]))
-    else:
-        trained, heldout = batches.split(trained, data.eval_fraction, config.seed)
+    report = DataReport()
+    portions = load_portions(config, report)
 
-    def tokenize(chosen: list[records.Record]) -> list[masking.Example]:
+    def tokenize(chosen: list[records.Record], name: str) -> list[masking.Example]:
         return masking.tokenize_records(
             chosen,
             tokenizer,
             report=report,
-            on_bad_record=data.on_bad_record,
-            **token_options(config),
+            on_bad_record=config.data.on_bad_record,
+            **token_options(config, name),
         )
 
-    examples, heldout_examples = tokenize(trained), tokenize(heldout) if heldout else []
-    if not examples:
-        raise DataError("\n".join([f"{path}: no record is left to train on", *report.lines()]))
-    return TrainingData(
-        examples, heldout_examples, choose_question(heldout), "+".join(hashes), report
-    )
+    train, heldout = [], []
+    for portion in portions:
+        name, weight = portion.source.name, portion.source.weight
+        train += repeat(tokenize(portion.train, name), weight, config.seed)
+        heldout += tokenize(portion.heldout, name) if portion.heldout else []
+    if not train:
+        where = data_path(config)
+        raise DataError("\n".join([f"{where}: no record is left to train on", *report.lines()]))
+    if vocab_size is not None:
+        _check_vocabulary([*train, *heldout], tokenizer, vocab_size)
+    question = choose_question([record for portion in portions for record in portion.heldout])
+    hashes = [_fingerprint(source.path, source.name) for source in data_sources(config)]
+    if config.data.eval_path:
+        hashes.append(_fingerprint(config.data.eval_path, config.data.name or config.data.format))
+    return TrainingData(train, heldout, question, "+".join(hashes), report)
+
+
+def load_portions(config: config_dict.ConfigDict, report: DataReport) -> list[Portion]:
+    """Reads the records of every set of a run, and holds some out.
+
+    The split is made over records, before anything is tokenized or packed, so no held-out record
+    shares a row with a trained one; and after duplicates are left out, so that none stands on both
+    sides.
+
+    Args:
+        config: a whole configuration.
+        report: takes the counts.
+
+    Raises:
+        DataError: a record is bad (with `on_bad_record="error"`), or a split leaves nothing.
+    """
+    data, seen, portions = config.data, set(), []
+
+    def load(path: str, format: str, max_records: int = 0) -> list[records.Record]:
+        found = records.load_records(path, format, data.on_bad_record, max_records, report)
+        unique = drop_duplicates(found, seen)
+        report.duplicates += len(found) - len(unique)
+        return unique if data.deduplicate else found
+
+    # First, so that it is the copy among the training records that is left out.
+    evaluation = load(data.eval_path, data.name or data.format) if data.eval_path else []
+    report.duplicates_dropped = data.deduplicate
+    for source in data_sources(config):
+        train, heldout = load(source.path, source.name, data.max_records), []
+        if not data.eval_path:
+            train, heldout = batches.split(train, data.eval_fraction, config.seed)
+        portions.append(Portion(source, train, heldout))
+    if evaluation:
+        source = Source(data.name or data.format, data.eval_path)
+        portions.append(Portion(source, [], evaluation))
+    return portions
+
+
+def data_sources(config: config_dict.ConfigDict) -> list[Source]:
+    """The sets of a run: those of `data.mixture`, or the one of `data.name` and `data.path`.
+
+    >>> data = {"mixture": "", "name": "oasst1", "path": "", "format": "auto"}
+    >>> data_sources(config_dict.ConfigDict({"data": data}))[0].path
+    'timdettmers/openassistant-guanaco'
+    """
+    data = config.data
+    if data.mixture:
+        return parse_mixture(data.mixture)
+    return [Source(data.name or data.format, data.path or SETS[data.name].hub)]
 
 
 def data_path(config: config_dict.ConfigDict) -> str:
-    """Where the records are: `data.path`, or else the named set's place on the hub.
-
-    >>> data_path(config_dict.ConfigDict({"data": {"path": "", "name": "oasst1"}}))
-    'timdettmers/openassistant-guanaco'
-    """
-    return config.data.path or SETS[config.data.name].hub
+    """Where the records are, in messages."""
+    return ", ".join(source.path for source in data_sources(config))
 
 
 def describe_data(config: config_dict.ConfigDict) -> str:
     """`data_path`, for a set on the hub with the commit that was read."""
-    return hub.describe(data_path(config), "dataset", set_files(config.data.name))
+    return ", ".join(
+        hub.describe(source.path, "dataset", set_files(source.name))
+        + (f" ({source.weight:g} times)" if source.weight != 1 else "")
+        for source in data_sources(config)
+    )
 
 
 def _fingerprint(path: str, format: str) -> str:
@@ -95,19 +168,33 @@ def _fingerprint(path: str, format: str) -> str:
     return fingerprint(found, find_files(found, patterns))
 
 
-def record_options(config: config_dict.ConfigDict) -> dict[str, Any]:
-    """What `load_records` is told of a configuration."""
-    data = config.data
-    return {"format": data.name or data.format, "on_bad_record": data.on_bad_record}
+def _check_vocabulary(
+    examples: list[masking.Example], tokenizer: Tokenizer, vocab_size: int
+) -> None:
+    for example in examples:
+        largest = int(example.tokens.max())
+        if largest >= vocab_size:
+            token = tokenizer.decode([largest], skip_special_tokens=False)
+            raise DataError(
+                f"{example.record_id}: token {largest} ({token!r}) has no row in the model's "
+                f"embedding, which has {vocab_size}; tokenizer and model do not belong together, "
+                "or tokens were added to the tokenizer alone"
+            )
 
 
-def token_options(config: config_dict.ConfigDict) -> dict[str, Any]:
-    """What `tokenize_records` is told of a configuration."""
+def token_options(config: config_dict.ConfigDict, name: str = "") -> dict[str, Any]:
+    """What `tokenize_records` is told of a configuration.
+
+    Args:
+        config: a whole configuration.
+        name: of the set or format; that of the configuration where there is only one.
+    """
     data = config.data
+    name = name or data.name
     train_on, literal = data.train_on, False
-    if data.name:
-        train_on = SETS[data.name].train_on if train_on == "auto" else train_on
-        literal = SETS[data.name].literal and data.chat_format == "auto"
+    if name in SETS and (data.name or data.mixture):
+        train_on = SETS[name].train_on if train_on == "auto" else train_on
+        literal = SETS[name].literal and data.chat_format == "auto"
     return {
         "max_len": data.max_len,
         "source_max_len": data.source_max_len,
@@ -119,10 +206,15 @@ def token_options(config: config_dict.ConfigDict) -> dict[str, Any]:
 
 
 def with_chat_format(tokenizer: Tokenizer, config: config_dict.ConfigDict) -> Tokenizer:
-    """The tokenizer with the chat format of a configuration: for training, and for asking later."""
+    """The tokenizer with the chat format of a configuration: for training, and for asking later.
+
+    A mixture has the format of its first set.
+    """
     name = config.data.chat_format
     if name == "auto":
-        name = SETS[config.data.name].chat_format if config.data.name else "model"
+        first = parse_mixture(config.data.mixture)[0].name if config.data.mixture else ""
+        chosen = config.data.name or first
+        name = SETS[chosen].chat_format if chosen in SETS else "model"
     return tokenizer.with_chat_format(name)
 
 

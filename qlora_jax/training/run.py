@@ -196,7 +196,7 @@ class _Run:
         model.train()
         self.graphdef, lora, self.frozen = split_model(model)
         self.size = measure(lora, self.frozen)
-        self.data = load_training_data(config, self.tokenizer)
+        self.data = load_training_data(config, self.tokenizer, model.config.vocab_size)
         self.batches = BatchIterator(
             self.data.train,
             batch_size=config.train.batch_size,
