@@ -53,8 +53,17 @@ def get_config() -> config_dict.ConfigDict:
     model.double_quant = True
     # float32 | bfloat16 | float16 | auto (what the device computes fast).
     model.compute_dtype = "auto"
-    # What the backward pass recomputes: none | full | projections | dots | auto.
+    # What the backward pass recomputes: none | full | projections | dots | offload | auto. offload
+    # is full with the inputs of the layers in pinned memory of the host. An input takes 2 bytes x
+    # hidden size x tokens (8 GiB for a million tokens of an 8B model), which crosses to the host
+    # and back once a microbatch.
     model.remat = "auto"
+    # For long rows: compute a layer for this many tokens at a time, and attention for one key head
+    # at a time. 0: all at once. A layer then holds about 6 arrays like its input, and of what lies
+    # between them only these tokens'. Costs: nothing inside a layer is stored (projections and dots
+    # mean full), weights are decoded for every chunk, and attention is computed once more. With
+    # dropout, other places are dropped than with 0. 4096 to 16384 suit rows of 32k and more.
+    model.sequence_chunk = 0
 
     config.lora = lora = config_dict.ConfigDict()
     lora.rank = 64
@@ -93,7 +102,8 @@ def get_config() -> config_dict.ConfigDict:
     data.paper_exact = False
     # Which tokens carry loss: assistant | all | auto (as the authors of data.name, else assistant).
     data.train_on = "auto"
-    # Several short records in one sequence, without attention between them.
+    # Several short records in one sequence, without attention between them. That takes a mask of
+    # max_len x max_len; False takes none, which long rows cannot do without.
     data.packing = True
     # One record a sequence, records of similar length in a batch, and short batches cut short;
     # instead of packing, so it needs data.packing = False.

@@ -50,6 +50,7 @@ def load_model(
     where: str = "all-linear",
     dtype: DTypeLike = jnp.float32,
     remat: str = "full",
+    sequence_chunk: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """Loads a model and its tokenizer, quantizing the linear layers on the way.
@@ -65,6 +66,7 @@ def load_model(
       where: "all-linear" (all but the output head) or a regular expression over module paths.
       dtype: of the computation, and of what is not quantized: embedding, norms, biases, head.
       remat: see `Llama`.
+      sequence_chunk: see `Llama`.
       progress: called after each tensor with (tensors done, tensors in all, name).
 
     Returns:
@@ -93,7 +95,14 @@ def load_model(
             f"{config.vocab_size} rows; they do not belong together. Download both again."
         )
     model = nnx.eval_shape(
-        lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, remat=remat)
+        lambda: Llama(
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=dtype,
+            param_dtype=dtype,
+            remat=remat,
+            sequence_chunk=sequence_chunk,
+        )
     )
     if packed := packed_linears(checkpoint):
         if quant_type is None:

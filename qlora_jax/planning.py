@@ -14,7 +14,6 @@ roofline, the least that arithmetic and memory traffic can take together.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,12 +33,14 @@ from qlora_jax.report import ModelSize, measure
 from qlora_jax.targets import CompiledFor, GpuTarget, compile_for, find_target
 from qlora_jax.training.building import (
     adapt_model,
+    build_loss,
     build_optimizer,
     choose_compute_dtype,
     choose_remat,
+    model_options,
     split_model,
 )
-from qlora_jax.training.step import TrainState, init_state, make_train_step, next_token_loss
+from qlora_jax.training.step import TrainState, init_state, make_train_step
 from qlora_jax.weights import open_checkpoint
 
 # What the driver, the CUDA context and the libraries' handles take of a card: an assumption.
@@ -152,19 +153,18 @@ def abstract_run(config: config_dict.ConfigDict, target: GpuTarget) -> AbstractR
     spec, device = config.model.path, target.device
     shape = model_shape(spec) or read_config(open_checkpoint(resolve_path(spec, kind="model")))
     dtype, _ = choose_compute_dtype(config.model.compute_dtype, device)
-    remat = choose_remat(config.model.remat, device)
+    options = model_options(config, device)
     model = nnx.eval_shape(
-        lambda: Llama(shape, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, remat=remat)
+        lambda: Llama(shape, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, **options)
     )
     graphdef, lora, frozen = split_model(adapt_model(model, config))
     tx, _ = build_optimizer(config, config.train.steps or 2**20)
     state = jax.eval_shape(lambda lora: init_state(lora, tx, config.seed), lora)
-    loss_fn = functools.partial(next_token_loss, chunk_size=config.train.loss_chunk)
     batch = jax.ShapeDtypeStruct(
         (config.train.grad_accum, config.train.batch_size, config.data.max_len), jnp.int32
     )
     names = ("tokens", "loss_mask", "segment_ids", "positions")
-    step = make_train_step(graphdef, tx, loss_fn=loss_fn)
+    step = make_train_step(graphdef, tx, loss_fn=build_loss(config))
     return AbstractRun(shape, step, state, frozen, dict.fromkeys(names, batch))
 
 
@@ -215,7 +215,7 @@ def _work(
     tokens = rows * length
     # Of the base's weights only the gradient to the input is taken. Full rematerialisation
     # multiplies once more.
-    passes = 3 if choose_remat(config.model.remat, target.device) == "full" else 2
+    passes = 3 if choose_remat(config.model.remat, target.device) in ("full", "offload") else 2
     head = shape.vocab_size * shape.hidden_size
     linear = 2 * tokens * (passes * size.quantized + 2 * head + (passes + 2) * size.trainable)
     width = shape.num_attention_heads * shape.head_dim
@@ -235,7 +235,7 @@ def _changes(config: config_dict.ConfigDict) -> Iterator[dict[str, Any]]:
     the adapters' precision, then fewer rows a step, and at last shorter rows.
     """
     changes: dict[str, Any] = {}
-    if config.model.remat not in ("auto", "full"):
+    if config.model.remat not in ("auto", "full", "offload"):
         changes["model.remat"] = "full"
         yield dict(changes)
     if config.train.batch_size > 1:

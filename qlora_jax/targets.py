@@ -18,7 +18,8 @@ The way there has three steps.
 3. *Compile* that module with the compile-only client of the description (`compile_only.py`).
 
 XLA chooses some kernels by timing them (autotuning), which cannot be done here: it takes its
-defaults, so a matrix product may get another algorithm, and workspace, on the card itself.
+defaults, so a matrix product may get another algorithm, and workspace, on the card itself. Nor can
+it ask cuDNN what attention's backward pass needs beside its results; `attention_workspace` adds it.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ class CompiledFor:
 
     Attributes:
         target: the GPU.
-        memory: bytes by name, as in `jax.stages.Compiled.memory_analysis`.
+        memory: bytes by name, as in `jax.stages.Compiled.memory_analysis`; the temporaries include
+            `attention_workspace`.
         text: the optimized and scheduled program (HLO).
     """
 
@@ -277,4 +279,36 @@ def compile_lowered(
             "compiling for a GPU takes JAX's CUDA plugin, which is not installed; it needs no "
             'GPU: pip install "qlora-jax[cuda]" (a few GB)'
         ) from None
-    return CompiledFor(target, answer.memory, answer.text)
+    workspace = attention_workspace(answer.text)
+    temporaries = answer.memory["temp_size_in_bytes"] + workspace
+    return CompiledFor(target, {**answer.memory, "temp_size_in_bytes": temporaries}, answer.text)
+
+
+def attention_workspace(text: str) -> int:
+    """Bytes that the largest of a program's cuDNN attentions takes for its backward pass.
+
+    XLA asks cuDNN when it compiles on the card; without one it plans with none. cuDNN sums dQ in
+    float32 and, where query heads share key heads, writes dK and dV of every query head (source:
+    cudnn-frontend's `scaled_dot_product_flash_attention.h`, `dQ_accum`, `dK_fullhead`,
+    `dV_fullhead` and `softmax_sum`). An upper bound, because it need not be needed at the peak.
+
+    Args:
+        text: the optimized program (HLO).
+
+    >>> attention_workspace(
+    ...     "%x = (bf16[1,4,64,8]{3,1,2,0}, bf16[1,1,32,8]{3,1,2,0}, bf16[1,1,32,8]{3,1,2,0}, "
+    ...     'u8[0]{0}) custom-call(%q, %k), custom_call_target="__cudnn$fmhaSoftmaxBackward"'
+    ... )
+    13312
+    """
+    found = 0
+    for call in re.findall(r"= \((.*?)\) custom-call\(.*__cudnn\$fmha\w+Backward", text):
+        shapes = re.findall(r"\[([\d,]+)\]", call)
+        dq, dk = [[int(n) for n in dims.split(",")] for dims in shapes[:2]]
+        batch, heads, length, head_dim = dq
+        _, kv_heads, span, _ = dk
+        size = batch * heads * length * (head_dim + 1) * 4
+        if kv_heads < heads:
+            size += 2 * batch * heads * span * head_dim * 2
+        found = max(found, size)
+    return found

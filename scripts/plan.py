@@ -65,6 +65,8 @@ def _print(console: Console, plan: planning.Plan) -> None:
         f"budget: memory less {format_bytes(planning.CONTEXT_BYTES)} for context and libraries",
         format_bytes(plan.budget_bytes),
     )
+    if plan.host_bytes:
+        table.add_row("pinned memory of the host, besides", format_bytes(plan.host_bytes))
     console.print(table)
     console.print(
         f"  a step: {plan.flops / 1e12:,.0f} TFLOP, {plan.traffic_bytes / 1e9:,.0f} GB through "

@@ -175,6 +175,7 @@ def attend(
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "#B 1 T S"] | None,
     window: int | None = None,
+    query_chunk: int = 0,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention by the implementation that suits the device.
 
@@ -184,6 +185,8 @@ def attend(
       v: values.
       mask: who sees whom; None: the causal mask of one sequence a row, which cuDNN need not read.
       window: where `mask` is None, how far back a query sees.
+      query_chunk: where the implementation holds the scores, those of how many queries at a time,
+        and none of them for the backward pass; 0: of all. cuDNN never holds them.
 
     Returns:
       The weighted values.
@@ -194,11 +197,11 @@ def attend(
     """
     length, span = q.shape[1], k.shape[1]
     chosen = implementation(q.dtype, q.shape[-1], length, span)
+    if chosen != "cudnn" and 0 < query_chunk < length:
+        return _attend_by_queries(q, k, v, mask, window, query_chunk)
     if chosen == "grouped":
         if mask is None:
-            mask = attention_mask(
-                jnp.arange(length), jnp.ones((1, length)), jnp.ones((1, span)), window
-            )
+            mask = _causal_mask(jnp.arange(length), span, window)
         return grouped_attention(q, k, v, mask)
     return jax.nn.dot_product_attention(
         q,
@@ -209,6 +212,40 @@ def attend(
         local_window_size=(window - 1, 0) if mask is None and window is not None else None,
         implementation=chosen,
     )
+
+
+def _causal_mask(
+    query_slots: Int[Array, " T"], span: int, window: int | None
+) -> Bool[Array, "1 1 T S"]:
+    """`attention_mask` of one segment."""
+    ones = jnp.ones((1, query_slots.shape[0])), jnp.ones((1, span))
+    return attention_mask(query_slots, *ones, window)
+
+
+def _attend_by_queries(q, k, v, mask, window, chunk):
+    """`attend` for a chunk of queries after the other, so that only their scores exist."""
+    (batch, length), dtype = q.shape[:2], k.dtype
+    count = -(-length // chunk)
+    padding = count * chunk - length
+
+    def cut(array: Array, axis: int) -> Array:
+        widths = [(0, padding if i == axis else 0) for i in range(array.ndim)]
+        shape = (*array.shape[:axis], count, chunk, *array.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(array, widths).reshape(shape), axis, 0)
+
+    # In float32 outside, so that the gradients of all chunks are added up in float32.
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    @jax.checkpoint
+    def some(scanned):
+        index, q, mask = scanned
+        if mask is None:
+            mask = _causal_mask(index * chunk + jnp.arange(chunk), k.shape[1], window)
+        return attend(q, k.astype(dtype), v.astype(dtype), mask)
+
+    xs = jnp.arange(count), cut(q, 1), None if mask is None else cut(mask, 2)
+    y = jnp.moveaxis(jax.lax.map(some, xs), 0, 1)
+    return y.reshape(batch, count * chunk, *y.shape[3:])[:, :length]
 
 
 class Attention(nnx.Module):
@@ -256,22 +293,30 @@ class Attention(nnx.Module):
         Returns:
           The output, and the cache with this layer's new keys and values.
         """
-        config = self.config
-        batch, length, _ = x.shape
+        q, k, v = self.project(x, rope)
+        if cache is not None:
+            cache = cache.append(layer, k, v)
+            k, v = cache.layer(layer)
+        return self.output(attend(q, k, v, mask, self.config.sliding_window)), cache
+
+    def project(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]],
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Rotated queries, rotated keys, and values of normalised input."""
 
         def heads(projection: nnx.Linear, name: str) -> Float[Array, "B T N H"]:
             y = checkpoint_name(projection(x), name)
-            return y.reshape(batch, length, -1, config.head_dim)
+            return y.reshape(*x.shape[:2], -1, self.config.head_dim)
 
         q = heads(self.q_proj, "q_proj")
         k = heads(self.k_proj, "k_proj")
         v = heads(self.v_proj, "v_proj")
-        if config.qk_norm:
+        if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:
-            cache = cache.append(layer, k, v)
-            k, v = cache.layer(layer)
-        y = attend(q, k, v, mask, config.sliding_window)
-        y = self.o_proj(y.reshape(batch, length, -1))
-        return checkpoint_name(y, "o_proj"), cache
+        return apply_rope(q, *rope), apply_rope(k, *rope), v
+
+    def output(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """The output of all heads, projected."""
+        return checkpoint_name(self.o_proj(y.reshape(*y.shape[:2], -1)), "o_proj")

@@ -11,6 +11,9 @@ whatever is callable on [..., in] and keeps its arrays under a leading layer axi
 of an `nnx.Linear`. State is read-only inside the scan; whatever a layer writes into its own
 variables there is dropped.
 
+With `sequence_chunk` a layer is computed as `models.long_rows` does: for rows so long that a few
+arrays of their size fill the memory.
+
 Paths mirror Hugging Face's names: `layers.self_attn.q_proj.kernel` is
 `model.layers.{0..L-1}.self_attn.q_proj.weight`, transposed and stacked.
 """
@@ -25,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.models.attention import Attention, KVCache, attention_mask
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.long_rows import layer_in_chunks
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.rope import inverse_frequencies, rope_tables
 
@@ -32,6 +36,13 @@ from qlora_jax.models.rope import inverse_frequencies, rope_tables
 REMAT_POLICIES: dict[str, Callable | None] = {
     # Nothing: the least memory, one more forward pass.
     "full": jax.checkpoint_policies.nothing_saveable,
+    # Nothing on the device: the inputs of the layers go to pinned memory of the host and come back.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     # The outputs of the linear layers whose value the backward pass needs: norms, rotation, softmax
     # and activation are computed again, no weight is multiplied (or dequantized) a second time.
     "projections": jax.checkpoint_policies.save_only_these_names(
@@ -116,8 +127,11 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """One layer; `attention_args` go to `Attention` behind the normalised input."""
         y, cache = self.self_attn(self.input_layernorm(x), *attention_args)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        return self.feed_forward(x + y), cache
+
+    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The layer's second half."""
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nnx.Module):
@@ -132,6 +146,8 @@ class Llama(nnx.Module):
       param_dtype: dtype of the initial weights.
       remat: what is stored for the backward pass: "none" (everything; no recomputation) or a key of
         `REMAT_POLICIES`.
+      sequence_chunk: 0, or the number of tokens that long rows are computed for at a time; see
+        `long_rows`. Nothing inside a layer is then stored: "projections" and "dots" mean "full".
 
     >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16, head_dim=4,
     ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
@@ -150,10 +166,12 @@ class Llama(nnx.Module):
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         remat: str = "full",
+        sequence_chunk: int = 0,
     ):
         if remat != "none" and remat not in REMAT_POLICIES:
             raise ValueError(f"{remat=} must be 'none' or one of {sorted(REMAT_POLICIES)}")
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        self.sequence_chunk = sequence_chunk
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
@@ -231,10 +249,7 @@ class Llama(nnx.Module):
                 segment_ids = jnp.ones_like(tokens)
             cache = cache.append_segments(segment_ids)
         masks = self._masks(slots, segment_ids, cache)
-        config = self.config
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        rope = rope_tables(positions, frequencies)
-        x, cache = self._scan_layers(self.embed_tokens(tokens), rope, masks, cache)
+        x, cache = self._scan_layers(self.embed_tokens(tokens), positions, masks, cache)
         x = self.norm(x)
         return x if cache is None else (x, cache.advance(tokens.shape[1]))
 
@@ -265,8 +280,12 @@ class Llama(nnx.Module):
             return windowed, windowed
         return attention_mask(slots, segment_ids, key_segments), windowed
 
-    def _scan_layers(self, x, rope, masks, cache):
+    def _scan_layers(self, x, positions, masks, cache):
         config = self.config
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        in_chunks = cache is None and 0 < self.sequence_chunk < positions.size
+        # Chunks compute their rotations where they need them.
+        rope = None if in_chunks else rope_tables(positions, frequencies)
         graphdef, state = nnx.split(self.layers)
         full, windowed = masks
         indices = jnp.arange(config.num_hidden_layers)
@@ -275,11 +294,16 @@ class Llama(nnx.Module):
         def body(carry, scanned):
             x, cache = carry
             state, layer, is_full = scanned
+            x = checkpoint_name(x, "layer_input")
             mask = windowed if full is windowed else jnp.where(is_full, full, windowed)
+            if in_chunks:
+                layer_args = (config, x, positions, frequencies, mask, self.sequence_chunk)
+                return (layer_in_chunks(graphdef, state, *layer_args), None), None
             return nnx.merge(graphdef, state)(x, rope, mask, cache, layer), None
 
         if cache is None and self.remat != "none":
             # Inside a scan the compiler cannot merge recomputation and forward pass anyway.
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            remat = "full" if in_chunks and self.remat != "offload" else self.remat
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
         (x, cache), _ = jax.lax.scan(body, (x, cache), (state, indices, is_full))
         return x, cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from qlora_jax.flax_nnx import apply_qlora
 from qlora_jax.loading import base_fingerprint, load_model, packed_linears
 from qlora_jax.optim import make_optimizer, make_schedule
 from qlora_jax.training.data import with_chat_format
+from qlora_jax.training.step import LossFn, next_token_loss
 from qlora_jax.weights import PackedFormat, StackedCheckpoint, open_checkpoint
 
 
@@ -58,6 +60,20 @@ def choose_remat(name: str, device: jax.Device) -> str:
     return "projections" if device.platform == "cpu" else "full"
 
 
+def model_options(config: config_dict.ConfigDict, device: jax.Device) -> dict[str, Any]:
+    """How a model is computed, as arguments of `Llama`."""
+    return dict(
+        remat=choose_remat(config.model.remat, device), sequence_chunk=config.model.sequence_chunk
+    )
+
+
+def build_loss(config: config_dict.ConfigDict) -> LossFn:
+    """The loss that a configuration trains with and measures."""
+    return functools.partial(
+        next_token_loss, chunk_size=config.train.loss_chunk, packed=config.data.packing
+    )
+
+
 def build_model(
     config: config_dict.ConfigDict, *, dtype: np.dtype
 ) -> tuple[nnx.Module, Tokenizer, str]:
@@ -77,9 +93,9 @@ def build_model(
     """
     checkpoint = open_checkpoint(resolve_path(config.model.path))
     _check_format(config, set(packed_linears(checkpoint).values()))
-    remat = choose_remat(config.model.remat, jax.devices()[0])
+    options = model_options(config, jax.devices()[0])
     model, tokenizer = load_model(
-        config.model.path, dtype=dtype, remat=remat, **_quantization(config)
+        config.model.path, dtype=dtype, **options, **_quantization(config)
     )
     fingerprint = base_fingerprint(model)
     if isinstance(checkpoint, StackedCheckpoint) and dtype != jnp.float16:

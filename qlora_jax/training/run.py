@@ -13,7 +13,6 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from qlora_jax.generation import generate
 from qlora_jax.metrics import MetricsWriter, plot_loss
 from qlora_jax.report import Report, format_bytes, format_count, measure
 from qlora_jax.training.building import (
+    build_loss,
     build_model,
     build_optimizer,
     choose_compute_dtype,
@@ -51,7 +51,6 @@ from qlora_jax.training.step import (
     evaluate_loss,
     init_state,
     make_train_step,
-    next_token_loss,
 )
 from qlora_jax.training.workdir import Workdir, explain_os_error
 
@@ -208,7 +207,7 @@ class _Run:
         )
         self.steps = config.train.steps or self.batches.num_batches(config.train.epochs)
         self.tx, self.schedule = build_optimizer(config, self.steps)
-        self.loss_fn = partial(next_token_loss, chunk_size=config.train.loss_chunk)
+        self.loss_fn = build_loss(config)
         # on the device explicitly, as a restored state is: both compile to the same program
         self.state = jax.device_put(init_state(lora, self.tx, config.seed), device)
         # measured before the first step; travels in the metadata of the checkpoints

@@ -69,7 +69,7 @@ def init_state(lora: PyTree, tx: optax.GradientTransformation, seed: int) -> Tra
 
 
 def next_token_loss(
-    model: nnx.Module, batch: Batch, *, chunk_size: int = 256
+    model: nnx.Module, batch: Batch, *, chunk_size: int = 256, packed: bool = True
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Summed next-token loss of one microbatch.
 
@@ -77,13 +77,18 @@ def next_token_loss(
         model: has `hidden_states(tokens, positions=, segment_ids=)` and `head(hidden)`.
         batch: `tokens`, `loss_mask`, `segment_ids`, `positions`, all int32 [B, T].
         chunk_size: tokens whose logits exist at one time.
+        packed: whether a row may hold several segments. False, one segment and then padding, spares
+            attention the comparison of segments, which takes T * T places: the causal mask alone
+            keeps padding from what stands before it.
 
     Returns:
         The sum of the negative log-likelihoods in nats (float32), and how many tokens it is over.
     """
     targets, mask = next_token_targets(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
     hidden = model.hidden_states(
-        batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"] if packed else None,
     )
     graphdef, state = nnx.split(model)
 
