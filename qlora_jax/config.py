@@ -61,8 +61,9 @@ def get_config() -> config_dict.ConfigDict:
     # For long rows: compute a layer for this many tokens at a time, and attention for one key head
     # at a time. 0: all at once. A layer then holds about 6 arrays like its input, and of what lies
     # between them only these tokens'. Costs: nothing inside a layer is stored (projections and dots
-    # mean full), weights are decoded for every chunk, and attention is computed once more. With
-    # dropout, other places are dropped than with 0. 4096 to 16384 suit rows of 32k and more.
+    # mean full), weights are decoded for every chunk, and where cuDNN's attention does not run, a
+    # third pass through attention. With dropout, other places are dropped than with 0. 4096 to
+    # 16384 suit rows of 32k and more.
     model.sequence_chunk = 0
 
     config.lora = lora = config_dict.ConfigDict()

@@ -40,6 +40,7 @@ def test_the_whole_base():
             "double_quant": True,
             "compute_dtype": "auto",
             "remat": "auto",
+            "sequence_chunk": 0,
         },
         "lora": {
             "rank": 64,

@@ -9,13 +9,15 @@ what they must not hold:
     map_tokens       x, y... = f(x, ...)  chunk by chunk. Backward, a chunk of f is computed again,
                      and the gradient of x is written over the incoming one.
     attend_by_heads  softmax(q k) v, one key head with its query heads at a time. Backward, the
-                     gradients are written over q, k and v, and a head is computed again.
+                     gradients are written over q, k and v.
 
 At the peak of a layer's backward pass six arrays like x are left, none of them float32: x,
 q, k and v (one and a half with four query heads a key head), the attention's output and its
 gradient, and the gradient of x.
 
-What it costs: the weights are decoded for every chunk, and attention is computed once more.
+What it costs: the weights are decoded for every chunk. Flash attention is not computed again: its
+output and the logsumexp of the scores are kept. Where there is none, the backward pass computes a
+head again.
 """
 
 from __future__ import annotations
