@@ -2,6 +2,7 @@
 
     python scripts/bench.py --suite=cpu
     python scripts/bench.py --suite=cpu --part=dequantize --rival_python=/path/to/python
+    python scripts/bench.py --suite=cpu --part=loading --gigabytes=26 --scratch=/somewhere/large
     python scripts/bench.py --suite=gpu
     python scripts/bench.py --suite=gpu --part=check --part=kernels --budget_s=540
     python scripts/bench.py --suite=gpu --part=tune --write_tuning
@@ -67,6 +68,8 @@ def run_cpu(console: Console, parts: list[str]) -> None:
             f"--remat={_REMAT.value}",
             f"--loss_chunk={_LOSS_CHUNK.value}",
         ],
+        gigabytes=_GIGABYTES.value,
+        scratch=pathlib.Path(_SCRATCH.value),
         console=console,
     )
     path = result_path("cpu", dry_run=False)
@@ -118,6 +121,10 @@ if __name__ == "__main__":
     _COMPUTE_DTYPE = flags.DEFINE_string("compute_dtype", "auto", "ours: model.compute_dtype")
     _REMAT = flags.DEFINE_string("remat", "auto", "ours: config.model.remat")
     _LOSS_CHUNK = flags.DEFINE_integer("loss_chunk", 256, "ours: config.train.loss_chunk", 1)
+    _GIGABYTES = flags.DEFINE_float("gigabytes", 2.0, "part loading: size of the checkpoint", 0.0)
+    _SCRATCH = flags.DEFINE_string(
+        "scratch", str(bench_cpu.CACHE), "part loading: where to make the checkpoint"
+    )
     _RIVAL_PYTHON = flags.DEFINE_string("rival_python", None, "a Python with the rival's packages")
     _DRY_RUN = flags.DEFINE_bool("dry_run", False, "suite gpu: tiny shapes, on the CPU")
     _BUDGET_S = flags.DEFINE_integer("budget_s", None, "suite gpu: seconds for all parts", 1)

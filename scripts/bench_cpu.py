@@ -1,9 +1,9 @@
-"""The suite `cpu` of scripts/bench.py: decoding and training on this processor.
+"""The suite `cpu` of scripts/bench.py: decoding, training and loading on this processor.
 
 `dequantize`: 4-bit weights to dense ones, against bitsandbytes, in turns. `train`: SmolLM2-135M,
 batch 4 x 256 tokens of real text, rank 64 on every linear layer, full optimizer steps; each run is
 a process of its own, ours and the rival's in turns, all on the same cores. The rival is measured in
-three settings and compared in its fastest.
+three settings and compared in its fastest. `loading`: see scripts/bench_loading.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import bench_loading
 import bench_ours
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from qlora_jax.quantized import dequantize, quantize
 from qlora_jax.training.card import versions
 
 CACHE = ROOT / "benchmarks" / ".cache"
-PARTS = ("dequantize", "train")
+PARTS = ("dequantize", "train", "loading")
 RIVAL_SETTINGS = {
     "bfloat16": ["--dtype=bfloat16"],
     "float32": ["--dtype=float32"],
@@ -235,6 +236,8 @@ def run(
     steps: int,
     rival_python: str | None,
     our_flags: list[str],
+    gigabytes: float,
+    scratch: pathlib.Path,
     console: Console,
 ) -> dict[str, Any]:
     """The samples of the suite and their summary.
@@ -246,6 +249,8 @@ def run(
         steps: optimizer steps a run.
         rival_python: see `find_rival`.
         our_flags: for scripts/bench_ours.py.
+        gigabytes: of the checkpoint that is loaded.
+        scratch: where it is made.
         console: for progress and tables.
 
     Raises:
@@ -269,4 +274,11 @@ def run(
         summary = summarize_train(samples)
         print_train(summary, console)
         result["train"] = {"our_flags": our_flags, "summary": summary, "samples": samples}
+    if "loading" in parts:
+        samples = bench_loading.bench(
+            python, gigabytes=gigabytes, scratch=scratch, core=available[0], console=console
+        )
+        summary = bench_loading.summarize(samples)
+        bench_loading.print_table(samples, summary, console)
+        result["loading"] = {"summary": summary, "samples": samples}
     return result

@@ -7,6 +7,7 @@ in training, no upcast of the embedding, non-reentrant checkpointing.
     bench_rival.py prepare --gguf=FILE --model=DIR       the model as a Hugging Face folder, once
     bench_rival.py train --model=DIR --tokens=FILE.npy --dtype=bfloat16 [--checkpointing]
     bench_rival.py dequantize                            answers requests on standard input
+    bench_rival.py quantize --model=DIR --layers=2       linear layers of the first layers, to NF4
 
 Results are lines of JSON on standard output; of `train` the same as from scripts/bench_ours.py.
 """
@@ -26,6 +27,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from safetensors import safe_open
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -125,10 +127,37 @@ def serve_dequantize() -> None:
         report(seconds=samples)
 
 
+def quantize(folder: pathlib.Path, layers: int) -> None:
+    """One line: reading the linear layers of the first layers and quantizing them.
+
+    Each packed weight is kept, as a loader would.
+    """
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    kept, nbytes = [], 0
+    started, cpu_started = time.perf_counter(), time.process_time()
+    for name, file in weight_map.items():
+        if "_proj." not in name or int(name.split(".")[2]) >= layers:
+            continue
+        with safe_open(folder / file, "pt") as shard:
+            weight = shard.get_tensor(name)
+        nbytes += weight.nbytes
+        kept.append(
+            bnb.functional.quantize_4bit(
+                weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+            )
+        )
+    report(
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu_started,
+        bytes=nbytes,
+        peak_rss=peak_rss(),
+    )
+
+
 def main() -> None:
     """Does one of the jobs above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("job", choices=["prepare", "train", "dequantize", "versions"])
+    parser.add_argument("job", choices=["prepare", "train", "dequantize", "quantize", "versions"])
     parser.add_argument("--gguf", type=pathlib.Path)
     parser.add_argument("--model", type=pathlib.Path)
     parser.add_argument("--tokens", type=pathlib.Path)
@@ -136,6 +165,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if args.job == "prepare":
@@ -144,6 +174,8 @@ def main() -> None:
         train(args)
     elif args.job == "dequantize":
         serve_dequantize()
+    elif args.job == "quantize":
+        quantize(args.model, args.layers)
     else:
         report(**{name: importlib.metadata.version(name) for name in PACKAGES})
 

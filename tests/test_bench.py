@@ -1,10 +1,12 @@
 """The CPU benchmark's bookkeeping: whose turn it is, and what is made of the samples."""
 
 import importlib
+import json
 import pathlib
 
 import jax.numpy as jnp
 import pytest
+import synthetic_checkpoint
 
 from pallas_kernels.dequantize_4bit import bench as dequantize_bench
 from qlora_jax.errors import UserError
@@ -78,3 +80,32 @@ def test_training_is_compared_with_the_fastest_rival(bench):
     assert (summary["fastest_rival"], summary["speed_ratio"]) == ("float32", 2.0)
     assert summary["settings"][bench.OURS]["tokens_per_second"] == bench.TOKENS_A_STEP / 2.0
     assert summary["settings"][bench.OURS]["steps"] == 1
+
+
+def test_the_model_that_is_loaded_has_the_size_that_was_asked_for(bench):
+    loading = bench.bench_loading
+    assert loading.config_of_size(26)["num_hidden_layers"] == 40
+    assert loading.config_of_size(0.1)["num_hidden_layers"] == 1
+
+
+def test_loading_is_compared_by_cpu_seconds(bench):
+    loading = bench.bench_loading
+    report = {"seconds": 10.0, "cpu_seconds": 4.0, "peak_rss": 1, "private": 1}
+    rival = report | {"bytes": 5e8, "cpu_seconds": 5.0}
+    samples = {"bytes": 2e9, "layers": 2, "load": report, "write": report, "rival": rival}
+    summary = loading.summarize(samples | {"map": report})
+    assert summary["load"] == {"mb_per_second": 200.0, "mb_per_cpu_second": 500.0}
+    assert summary["rival"] == {"mb_per_second": 50.0, "mb_per_cpu_second": 100.0}
+    assert summary["load_over_rival_per_cpu_second"] == 5.0
+
+
+def test_a_worker_reports_what_loading_took(bench, tmp_path, capsys):
+    model, packed = tmp_path / "model", tmp_path / "packed"
+    model.mkdir()
+    loading = bench.bench_loading
+    loading.write_checkpoint(model, synthetic_checkpoint.CONFIG, shard_bytes=8_000)
+    for job in (("load", model), ("write", model, packed), ("load", packed)):
+        loading.main(job[0], *map(str, job[1:]))
+        report = json.loads(capsys.readouterr().out)
+        assert report.keys() == {"seconds", "cpu_seconds", "private", "peak_rss"}
+        assert 0 < report["private"] <= report["peak_rss"]
