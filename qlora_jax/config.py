@@ -143,6 +143,8 @@ def get_config() -> config_dict.ConfigDict:
     train.grad_accum = 16
     # Steps from one printed line to the next.
     train.log_every = 10
+    # Noise on the embeddings (NEFTune; 5 to 15 in its paper); 0: none.
+    train.neftune_alpha = 0.0
     # Tokens whose logits exist at the same time.
     train.loss_chunk = 256
 

@@ -85,6 +85,7 @@ _RULES = {
     "train.batch_size": _at_least(1),
     "train.grad_accum": _at_least(1),
     "train.log_every": _at_least(1),
+    "train.neftune_alpha": _Rule(lambda value: 0 <= value < math.inf, "at least 0 and finite"),
     "train.loss_chunk": _at_least(1),
     "eval.every": _at_least(0),
     "eval.batch_size": _at_least(1),

@@ -86,6 +86,7 @@ def test_the_whole_base():
             "batch_size": 1,
             "grad_accum": 16,
             "log_every": 10,
+            "neftune_alpha": 0.0,
             "loss_chunk": 256,
         },
         "eval": {"every": 0, "batch_size": 4},

@@ -69,7 +69,7 @@ def test_the_trees_give_the_best_ranked_path_as_one_dialogue():
         "### Human: How can I find the best 401k plan for my needs?###"
     )
     turns = [len(record.messages) for record in records]
-    assert set(turns) <= {2, 4, 6} and sum(turn > 2 for turn in turns) > 50
+    assert {turns.count(2), turns.count(4)} == {58, 42}
 
 
 @pytest.mark.parametrize("name, file, count, skipped", FILES)

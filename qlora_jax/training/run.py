@@ -28,6 +28,7 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import CheckpointError, TrainingError
 from qlora_jax.generation import generate
 from qlora_jax.metrics import MetricsWriter, plot_loss
+from qlora_jax.neftune import add_embedding_noise
 from qlora_jax.report import Report, format_bytes, format_count, measure
 from qlora_jax.training.building import (
     build_loss,
@@ -190,6 +191,7 @@ class _Run:
         self.dtype, self.dtype_reason = choose_compute_dtype(config.model.compute_dtype, device)
         with report.busy(f"loading {config.model.path} and quantizing it"):
             model, self.tokenizer, self.fingerprint = build_model(config, dtype=self.dtype)
+        add_embedding_noise(model, config.train.neftune_alpha, config.seed)
         model.eval()
         self.eval_graphdef, _, _ = split_model(model)
         model.train()
