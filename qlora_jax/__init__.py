@@ -34,6 +34,7 @@ from qlora_jax.optim import adamw8bit as adamw8bit
 # A whole run
 from qlora_jax.config import get_config as get_config
 from qlora_jax.config import load_config as load_config
+from qlora_jax.estimating import estimate as estimate
 from qlora_jax.generation import generate as generate
 from qlora_jax.loading import load_model as load_model
 from qlora_jax.packed_checkpoint import quantize_checkpoint as quantize_checkpoint

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import pickle
 import subprocess
@@ -33,6 +34,17 @@ from jaxlib.mlir import ir
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 # Nothing can be timed, so nothing is chosen by timing.
 _OPTIONS = {"xla_gpu_autotune_level": "0"}
+
+
+def has_plugin() -> bool:
+    """Whether JAX's CUDA plugin is installed."""
+    for name in _PLUGINS:
+        try:
+            if importlib.util.find_spec(name):
+                return True
+        except ModuleNotFoundError:  # not even the package around it
+            continue
+    return False
 
 
 class NoPluginError(Exception):

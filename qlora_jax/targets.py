@@ -46,6 +46,12 @@ TARGETS: tuple[str, ...] = tuple(
 )
 
 
+NO_PLUGIN = (
+    "compiling for a GPU takes JAX's CUDA plugin, which is not installed; it needs no GPU: "
+    'pip install "qlora-jax[cuda]" (a few GB)'
+)
+
+
 class TargetError(errors.UserError):
     """There is no such GPU among the targets, or nothing here that compiles for GPUs."""
 
@@ -190,6 +196,11 @@ class CompiledFor:
         return self.text
 
 
+def can_compile() -> bool:
+    """Whether JAX's CUDA plugin is installed, which programs are compiled for GPUs with."""
+    return compile_only.has_plugin()
+
+
 def compile_for(
     function: Callable[..., Any],
     *args: PyTree,
@@ -216,6 +227,8 @@ def compile_for(
     """
     if isinstance(target, str):
         target = find_target(target)
+    if not can_compile():  # tracing alone may ask for cuDNN, which comes with it
+        raise TargetError(NO_PLUGIN)
     return compile_lowered(lower_for(function, *args, target=target, **keywords), target, options)
 
 
@@ -275,10 +288,7 @@ def compile_lowered(
         else:
             answer = compile_only.compile_here(*request)
     except compile_only.NoPluginError:
-        raise TargetError(
-            "compiling for a GPU takes JAX's CUDA plugin, which is not installed; it needs no "
-            'GPU: pip install "qlora-jax[cuda]" (a few GB)'
-        ) from None
+        raise TargetError(NO_PLUGIN) from None
     workspace = attention_workspace(answer.text)
     temporaries = answer.memory["temp_size_in_bytes"] + workspace
     return CompiledFor(target, {**answer.memory, "temp_size_in_bytes": temporaries}, answer.text)

@@ -2,15 +2,21 @@
 
     python scripts/plan.py --config=configs/guanaco_33b.py --device=rtx4090
     python scripts/plan.py --config=configs/guanaco_7b.py --device=all --json
+    python scripts/plan.py --config=configs/guanaco_7b.py --batch_size=1,2,4 --max_len=512,2048
 
 The training step of the configuration is compiled for each device, and the compiler's own memory
 plan is printed. The time is a roofline, the least that arithmetic and memory traffic take: an
 estimate. It needs pip install "qlora-jax[cuda]" and about half a minute a device, no GPU.
 
-Exit code 0: the run fits on every device that was asked for. 3: on one of them it does not.
+Without that, or with --estimate, memory is added up from shapes in a second: an estimate, and
+labelled as one. docs/performance.md says how far off it is.
+
+Exit code 0: the run fits on every device, in every batch size and length that was asked for. 3: in
+one of them it does not.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -20,40 +26,86 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qlora_jax import command_line, planning
+from qlora_jax import command_line, estimating, planning, targets
 from qlora_jax.errors import ConfigError
+from qlora_jax.estimating import Estimate
+from qlora_jax.planning import Plan
 from qlora_jax.report import format_bytes
 from qlora_jax.targets import TARGETS
 
 _CONFIG = command_line.define_config()
 _DEVICE = flags.DEFINE_list("device", ["h100"], f"all, or some of {', '.join(TARGETS)}")
-_JSON = flags.DEFINE_bool("json", False, "print one JSON object a device, and nothing else")
+_BATCH_SIZE = flags.DEFINE_list("batch_size", [], "several, instead of config.train.batch_size")
+_MAX_LEN = flags.DEFINE_list("max_len", [], "several, instead of config.data.max_len")
+_ESTIMATE = flags.DEFINE_bool("estimate", False, "do not compile: estimate from shapes")
+_JSON = flags.DEFINE_bool("json", False, "print one JSON object a plan, and nothing else")
 
 _DOES_NOT_FIT = 3
+_ESTIMATED = "an estimate from shapes, nothing was compiled"
 
 
 def main() -> None:
-    """Plans for one device after the other."""
+    """Plans for one device, batch size and length after the other."""
     names = list(TARGETS) if _DEVICE.value == ["all"] else _DEVICE.value
     if not names:
         raise ConfigError(f"--device is empty; give all, or some of {', '.join(TARGETS)}")
+    config = _CONFIG.value
+    batch_sizes = _numbers(_BATCH_SIZE) or [config.train.batch_size]
+    lengths = _numbers(_MAX_LEN) or [config.data.max_len]
+    several = len(batch_sizes) * len(lengths) > 1
     jax.config.update("jax_platforms", "cpu")  # a GPU of this machine may be at work
     console = Console(stderr=_JSON.value)
+    estimated = _ESTIMATE.value or not targets.can_compile()
+    if estimated and not _ESTIMATE.value:
+        print(f"Estimates follow, no plans: {targets.NO_PLUGIN}", file=sys.stderr)
     plans = []
-    for name in names:
-        with console.status(f"compiling the training step for {name} …"):
-            plan = planning.plan(_CONFIG.value, name)
-        plans.append(plan)
-        if _JSON.value:
-            print(json.dumps(dataclasses.asdict(plan)), flush=True)
+    for name, rows, length in itertools.product(names, batch_sizes, lengths):
+        config.train.batch_size, config.data.max_len = rows, length
+        if estimated:
+            plan = estimating.estimate(config, name)
         else:
+            with console.status(f"compiling {rows} x {length} tokens for {name} …"):
+                plan = planning.plan(config, name, suggest=not several)
+        plans.append((rows, length, plan))
+        if _JSON.value:
+            batch = {"batch_size": rows, "max_len": length, "method": "compiled"}
+            print(json.dumps(batch | dataclasses.asdict(plan)), flush=True)
+        elif not several:
             _print(console, plan)
-    if not all(plan.fits for plan in plans):
+    if several and not _JSON.value:
+        _print_all(console, plans)
+    if not all(plan.fits for _, _, plan in plans):
         sys.exit(_DOES_NOT_FIT)
 
 
-def _print(console: Console, plan: planning.Plan) -> None:
-    table = Table(box=box.SIMPLE, title=f"{plan.device}: {plan.verdict}", title_justify="left")
+def _numbers(flag: flags.FlagHolder) -> list[int]:
+    try:
+        return [int(text) for text in flag.value]
+    except ValueError:
+        given = ",".join(flag.value)
+        raise ConfigError(f"--{flag.name}={given}: whole numbers are needed, as in 1,2,4") from None
+
+
+def _print_all(console: Console, plans: list[tuple[int, int, Plan | Estimate]]) -> None:
+    table = Table(box=box.SIMPLE)
+    if isinstance(plans[0][-1], Estimate):
+        table.title, table.title_justify = _ESTIMATED, "left"
+    table.add_column("device")
+    for column in ("batch", "length", "peak", "pinned host", "budget"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for rows, length, plan in plans:
+        sizes = (plan.peak_bytes, plan.host_bytes, plan.budget_bytes)
+        sizes = [format_bytes(size) if size else "-" for size in sizes]
+        table.add_row(plan.device, str(rows), str(length), *sizes, plan.verdict)
+    console.print(table)
+
+
+def _print(console: Console, plan: Plan | Estimate) -> None:
+    title = f"{plan.device}: {plan.verdict}"
+    if isinstance(plan, Estimate):
+        title += f" ({_ESTIMATED})"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
     table.add_column("on the device")
     table.add_column("bytes", justify="right")
     for part, count in plan.parts.items():
@@ -68,6 +120,8 @@ def _print(console: Console, plan: planning.Plan) -> None:
     if plan.host_bytes:
         table.add_row("pinned memory of the host, besides", format_bytes(plan.host_bytes))
     console.print(table)
+    if isinstance(plan, Estimate):
+        return
     console.print(
         f"  a step: {plan.flops / 1e12:,.0f} TFLOP, {plan.traffic_bytes / 1e9:,.0f} GB through "
         f"memory; not under {plan.seconds:.2f} s (an estimate)"
