@@ -27,6 +27,7 @@ from qlora_jax.flax_nnx import linear_paths as linear_paths
 from qlora_jax.flax_nnx import merge_model as merge_model
 from qlora_jax.flax_nnx import quantize_model as quantize_model
 from qlora_jax.flax_nnx import set_dropout_keys as set_dropout_keys
+from qlora_jax.vocabulary import quantize_vocabulary as quantize_vocabulary
 
 # Optimizers (the rest is optax)
 from qlora_jax.optim import adamw8bit as adamw8bit

@@ -53,6 +53,7 @@ _RULES = {
     "model.path": _NOT_EMPTY,
     "model.quant_type": _one_of("nf4", "fp4", "int4"),
     "model.block_size": _one_of(32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "model.vocab_quant_type": _one_of("none", "int8"),
     "model.compute_dtype": _one_of("auto", *_DTYPES),
     "model.remat": _one_of("auto", "none", "full", "projections", "dots", "offload"),
     "model.sequence_chunk": _at_least(0),

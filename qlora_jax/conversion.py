@@ -18,6 +18,7 @@ from pallas_kernels import quantize_4bit, quantize_absmax
 from qlora_jax.errors import WeightsError
 from qlora_jax.lora import is_quantized
 from qlora_jax.quantized import QuantizedTensor, quantize
+from qlora_jax.vocabulary import Int8Rows, quantize_rows
 from qlora_jax.weights import Slot
 
 _PIECE_ELEMENTS = 1 << 20
@@ -31,6 +32,7 @@ class Rule:
     dtype: Any
     transpose: bool = False
     quantize: tuple[tuple[str, Any], ...] | None = None
+    in_rows: bool = False
 
     @classmethod
     def of(cls, slot: Slot, target: Any) -> "Rule":
@@ -42,6 +44,8 @@ class Rule:
                 double_quant=target.nested_absmax is not None,
             )
             return cls(target.shape, np.dtype(target.dtype), quantize=tuple(options.items()))
+        if isinstance(target, Int8Rows):
+            return cls(target.shape, np.dtype(np.float32), in_rows=True)
         shape = tuple(target.shape if slot.layer is None else target.shape[1:])
         if slot.path.endswith("/kernel"):
             return cls(shape[::-1], np.dtype(target.dtype), transpose=True)
@@ -54,6 +58,8 @@ class Rule:
         if self.quantize is not None:
             packed = quantize_in_pieces(weight, **dict(self.quantize))
             return dataclasses.replace(packed, dtype=self.dtype)
+        if self.in_rows:
+            return quantize_rows(weight)
         return (weight.T if self.transpose else weight).astype(self.dtype)
 
 

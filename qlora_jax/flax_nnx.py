@@ -70,7 +70,7 @@ def linear_paths(model: nnx.Module, where: str | None = None) -> list[str]:
     if where is None:
         return list(names)
     if where == "all-linear":
-        chosen = [name for name, path in names.items() if not _is_head(path, linears[path])]
+        chosen = [name for name, path in names.items() if not is_head(path, linears[path])]
     else:
         chosen = [name for name in names if matches(where, name)]
     if not chosen:
@@ -233,7 +233,7 @@ def merge_model(
         elif is_quantized(kernel) and not requantize:
             kernel = map_leading(lambda q: dequantize(q, q.dtype).T, linear.leading_shape, kernel)
         replacements[id(linear)] = linear.with_kernel(kernel)
-    return _substitute(model, replacements, {}), report
+    return substitute(model, replacements, {}), report
 
 
 def set_dropout_keys(rng_state: nnx.State, key: Key[Array, ""]) -> nnx.State:
@@ -285,7 +285,8 @@ def _is_linear(node: Any) -> bool:
     return isinstance(node, QLoRALinear)
 
 
-def _is_head(path: tuple[Any, ...], linear: nnx.Module) -> bool:
+def is_head(path: tuple[Any, ...], linear: nnx.Module) -> bool:
+    """Whether a linear layer is an output head, by its name and place; see ``HEAD_NAMES``."""
     if not path or path[-1] not in HEAD_NAMES or any(isinstance(part, int) for part in path):
         return False
     return not _as_qlora(linear).leading_shape
@@ -303,10 +304,10 @@ def _with_qlora_linears(model: nnx.Module, where: str) -> tuple[nnx.Module, dict
     for path, node in nnx.iter_graph(model):
         if join_path(path) in paths and _is_linear(node):
             chosen[join_path(path)] = replacements[id(node)] = _as_qlora(node)
-    return _substitute(model, replacements, {}), chosen
+    return substitute(model, replacements, {}), chosen
 
 
-def _substitute(node: Any, replacements: dict[int, Any], done: dict[int, Any]) -> Any:
+def substitute(node: Any, replacements: dict[int, Any], done: dict[int, Any]) -> Any:
     """Puts replacements (by id) into a module graph: modules in place, containers anew if needed.
 
     Not ``nnx.recursive_map``, which refuses tuples of modules and graphs with cycles.
@@ -320,14 +321,14 @@ def _substitute(node: Any, replacements: dict[int, Any], done: dict[int, Any]) -
     if isinstance(node, nnx.Pytree):
         done[id(node)] = node
         for name, child in list(vars(node).items()):
-            new = child if name.startswith("_pytree__") else _substitute(child, replacements, done)
+            new = child if name.startswith("_pytree__") else substitute(child, replacements, done)
             if new is not child:
                 setattr(node, name, new)
         return node
     children, treedef = jax.tree.flatten(node, is_leaf=lambda x: x is not node)
     if jax.tree_util.treedef_is_leaf(treedef):
         return node
-    new_children = [_substitute(child, replacements, done) for child in children]
+    new_children = [substitute(child, replacements, done) for child in children]
     if all(new is old for new, old in zip(new_children, children, strict=True)):
         return node
     return treedef.unflatten(new_children)

@@ -33,6 +33,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.nnx_linear import QuantizedParam
 from qlora_jax.tree import join_path
+from qlora_jax.vocabulary import VOCAB_QUANT_TYPES, Int8Rows, quantize_vocabulary
 from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint, open_checkpoint
 from qlora_jax.weights.matching import match_tensors
 from qlora_jax.weights.names import find_slot, tensor_name
@@ -47,6 +48,7 @@ def load_model(
     quant_type: str | None = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
+    vocab_quant_type: str = "none",
     where: str = "all-linear",
     dtype: DTypeLike = jnp.float32,
     remat: str = "full",
@@ -56,13 +58,14 @@ def load_model(
     """Loads a model and its tokenizer, quantizing the linear layers on the way.
 
     A checkpoint in 4 bits (a folder of scripts/quantize.py, or of bitsandbytes) is loaded as it is:
-    its own formats and its own choice of layers hold, whatever the next four arguments say.
+    its own formats and its own choice of layers hold, whatever the arguments on them say.
 
     Args:
       path: a Hugging Face folder, a GGUF file, or "package:<package>/<file inside it>".
       quant_type: "nf4", "fp4" or "int4"; None keeps every weight in `dtype`.
       block_size: elements that share one absmax.
       double_quant: quantize the absmax values as well.
+      vocab_quant_type: "int8" stores embedding and output head in 8 bits; see `vocabulary`.
       where: "all-linear" (all but the output head) or a regular expression over module paths.
       dtype: of the computation, and of what is not quantized: embedding, norms, biases, head.
       remat: see `Llama`.
@@ -85,6 +88,8 @@ def load_model(
       ...
       qlora_jax.errors.UserError: pytorch_model.bin does not exist...
     """
+    if vocab_quant_type not in VOCAB_QUANT_TYPES:
+        raise ConfigError(f"{vocab_quant_type=} is none of {', '.join(VOCAB_QUANT_TYPES)}")
     checkpoint = open_checkpoint(resolve_path(str(path), kind="model"))
     config = read_config(checkpoint)
     tokenizer = read_tokenizer(checkpoint)
@@ -119,6 +124,8 @@ def load_model(
             block_size=block_size,
             double_quant=double_quant,
         )
+    if vocab_quant_type == "int8":
+        model = quantize_vocabulary(model)
     fill_model(model, checkpoint, progress=progress)
     return model, tokenizer
 
@@ -278,6 +285,22 @@ def base_fingerprint(model: nnx.Module) -> str:
     return hash_arrays({path: variable.get_value() for path, variable in named.items()})
 
 
+def stored_fingerprint(model: nnx.Module, checkpoint: StackedCheckpoint) -> str:
+    """The `base_fingerprint` of a loaded model with the vocabulary as it lies on the disk.
+
+    Args:
+      model: loaded from `checkpoint`.
+      checkpoint: its own `fingerprint` is what this one has to be.
+    """
+    values = {path: node.get_value() for path, node in frozen_variables(model).items()}
+    return hash_arrays(
+        {
+            path: checkpoint.read(path) if isinstance(value, Int8Rows) else value
+            for path, value in values.items()
+        }
+    )
+
+
 def hash_arrays(values: Mapping[str, Any]) -> str:
     """The fingerprint of arrays and `QuantizedTensor`s by path; see `base_fingerprint`.
 
@@ -289,7 +312,7 @@ def hash_arrays(values: Mapping[str, Any]) -> str:
     for path, value in sorted(values.items()):
         if is_quantized(value):
             digest.update(f"{value.quant_type},{value.block_size},{value.shape};".encode())
-        elif jnp.issubdtype(value.dtype, jnp.floating):
+        elif not isinstance(value, Int8Rows) and jnp.issubdtype(value.dtype, jnp.floating):
             # Embeddings, norms and biases have the compute dtype. Rounded to bfloat16 they are the
             # same bits from either; codes and scales are made from the file's values and are so
             # anyway.
@@ -337,12 +360,16 @@ def _fill_from_stacks(
     for done, (path, variable) in enumerate(variables.items(), start=1):
         target, value = variable.get_value(), checkpoint.read(path)
         name = f"{checkpoint.path}: {path}"
+        in_rows = isinstance(target, Int8Rows)
+        if in_rows and path.endswith("/kernel"):
+            value = value.T  # a head, stored as the dense model has it
         if value.shape != target.shape:
             raise WeightsError(
                 f"{name} is {list(value.shape)}, the model in config.json needs "
                 f"{list(target.shape)}. Quantize the original model again."
             )
-        rule = Rule(tuple(target.shape), np.dtype(target.dtype))
+        dtype = np.dtype(np.float32 if in_rows else target.dtype)
+        rule = Rule(tuple(target.shape), dtype, in_rows=in_rows)
         check_finite(value, rule, name)
         # `device_put` takes mapped bytes as they are on a CPU, where `asarray` would copy them.
         variable.set_value(rule.apply(jax.tree.map(jax.device_put, value)))

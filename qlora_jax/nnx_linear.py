@@ -20,7 +20,7 @@ from qlora_jax.quantized import QuantizedTensor, matmul, quantize
 
 
 class QuantizedParam(nnx.Variable):
-    """Holds a ``QuantizedTensor``. No ``nnx.Param``, so no optimizer picks it up."""
+    """Holds a ``QuantizedTensor`` (or ``Int8Rows``). No ``nnx.Param``: no optimizer picks it up."""
 
 
 class QLoRALinear(nnx.Module):

@@ -22,6 +22,7 @@ from qlora_jax.data import display
 from qlora_jax.data.masking import ChatTokenizer, Example
 from qlora_jax.metrics import device_memory, host_memory
 from qlora_jax.quantized import QuantizedTensor
+from qlora_jax.vocabulary import Int8Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ModelSize:
         trainable_bytes: their bytes.
         quantized: frozen parameters in 4 bits.
         quantized_bytes: their bytes, codes and scales.
-        dense: frozen parameters in a floating-point dtype (embeddings, norms, biases).
+        dense: the other frozen parameters: norms, biases, embeddings and head (also in 8 bits).
         dense_bytes: their bytes.
     """
 
@@ -70,14 +71,14 @@ def measure(lora: PyTree, frozen: PyTree) -> ModelSize:
     (8, 32, 16, 16.0)
     """
 
-    def is_quantized(leaf):
-        return isinstance(leaf, QuantizedTensor)
+    def is_table(leaf):
+        return isinstance(leaf, QuantizedTensor | Int8Rows)
 
     quantized, dense = [], []
-    for leaf in jax.tree.leaves(frozen, is_leaf=is_quantized):
-        if is_quantized(leaf):
+    for leaf in jax.tree.leaves(frozen, is_leaf=is_table):
+        if isinstance(leaf, QuantizedTensor):
             quantized.append(leaf)
-        elif jnp.issubdtype(leaf.dtype, jnp.floating):
+        elif isinstance(leaf, Int8Rows) or jnp.issubdtype(leaf.dtype, jnp.floating):
             dense.append(leaf)
 
     def total(leaves):

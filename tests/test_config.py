@@ -38,6 +38,7 @@ def test_the_whole_base():
             "quant_type": "nf4",
             "block_size": 64,
             "double_quant": True,
+            "vocab_quant_type": "none",
             "compute_dtype": "auto",
             "remat": "auto",
             "sequence_chunk": 0,

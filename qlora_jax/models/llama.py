@@ -256,6 +256,8 @@ class Llama(nnx.Module):
     def head(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32 logits of final-normed hidden states."""
         if self.lm_head is None:
+            if type(self.embed_tokens) is not nnx.Embed:
+                return self.embed_tokens.attend(hidden).astype(jnp.float32)
             return vocabulary_product(hidden, self.embed_tokens.embedding[...].T)
         if type(self.lm_head) is nnx.Linear:
             return vocabulary_product(hidden, self.lm_head.kernel[...])

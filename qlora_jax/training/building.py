@@ -17,10 +17,11 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import apply_qlora
-from qlora_jax.loading import base_fingerprint, load_model, packed_linears
+from qlora_jax.loading import base_fingerprint, load_model, packed_linears, stored_fingerprint
 from qlora_jax.optim import make_optimizer, make_schedule
 from qlora_jax.training.data import with_chat_format
 from qlora_jax.training.step import LossFn, next_token_loss
+from qlora_jax.vocabulary import quantize_vocabulary
 from qlora_jax.weights import PackedFormat, StackedCheckpoint, open_checkpoint
 
 
@@ -91,17 +92,23 @@ def build_model(
         ConfigError: the model is in 4 bits already, in another format than the configuration says.
         WeightsError: the model cannot be read, or is not what was once quantized.
     """
-    checkpoint = open_checkpoint(resolve_path(config.model.path))
+    checkpoint = open_checkpoint(resolve_path(config.model.path, kind="model"))
     _check_format(config, set(packed_linears(checkpoint).values()))
     options = model_options(config, jax.devices()[0])
     model, tokenizer = load_model(
-        config.model.path, dtype=dtype, **options, **_quantization(config)
+        config.model.path,
+        dtype=dtype,
+        **options,
+        vocab_quant_type=config.model.vocab_quant_type,
+        **_quantization(config),
     )
     fingerprint = base_fingerprint(model)
     if isinstance(checkpoint, StackedCheckpoint) and dtype != jnp.float16:
-        if fingerprint != checkpoint.fingerprint:
+        small = config.model.vocab_quant_type != "none"
+        stored = stored_fingerprint(model, checkpoint) if small else fingerprint
+        if stored != checkpoint.fingerprint:
             raise WeightsError(
-                f"{config.model.path} has the fingerprint {fingerprint}, and had "
+                f"{config.model.path} has the fingerprint {stored}, and had "
                 f"{checkpoint.fingerprint} when it was quantized: it is damaged. Quantize the "
                 "original model again."
             )
@@ -147,6 +154,8 @@ def adapt_model(
     quantization = _quantization(config)
     if not quantize:
         quantization["quant_type"] = None
+    if config.model.vocab_quant_type == "int8":
+        model = quantize_vocabulary(model)
     model = apply_qlora(
         model,
         rank=config.lora.rank,
