@@ -1,5 +1,7 @@
 """Reading records: three formats, and every kind of bad line named by file, line and field."""
 
+import gzip
+import importlib.util
 import json
 import os
 import pathlib
@@ -219,6 +221,48 @@ def test_skipped_records_are_logged_when_nobody_takes_the_report(tmp_path, caplo
     load_records(write(tmp_path, GOOD + b"{\n" * 8), on_bad_record="skip")
     assert "1 records read, 8 skipped" in caplog.text
     assert "... and 3 more" in caplog.text
+
+
+def test_a_directory_is_all_its_data_files_without_those_that_are_held_out(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, b'[{"text": "one"}]', "b.json")
+    write(tmp_path, gzip.compress(b'{"text": "two"}\n{"text": "three"}\n'), "sub/a.jsonl.gz")
+    for name in ("test.jsonl", "x-eval.jsonl", "sub/validation.jsonl", "dataset_infos.json"):
+        write(tmp_path, b'{"text": "held out"}\n', name)
+    write(tmp_path, b"Read me.", "README.md")
+    write(tmp_path, b'{"text": "hidden"}', ".cache.jsonl")
+    assert [record.text for record in load_records(tmp_path)] == ["one", "two", "three"]
+    ids = [record.record_id for record in load_records(tmp_path)]
+    assert ids == ["b.json[0]", "a.jsonl.gz:1", "a.jsonl.gz:2"]
+
+
+def test_a_set_takes_its_own_files_of_a_directory(tmp_path):
+    dialogue = b'{"text": "### Human: Hi### Assistant: Oh"}\n'
+    for name in ("openassistant_best_replies_train.jsonl", "openassistant_best_replies_eval.jsonl"):
+        write(tmp_path, dialogue, name)
+    write(tmp_path, b"{", "other.jsonl")
+    (record,) = load_records(tmp_path, "oasst1")
+    assert record.record_id == "openassistant_best_replies_train.jsonl:1"
+
+
+def test_parquet_needs_pyarrow_and_says_so(tmp_path):
+    path = write(tmp_path, b"PAR1 and no more", "a.parquet")
+    expected = "cannot be read as Parquet after row 0"
+    if importlib.util.find_spec("pyarrow") is None:
+        expected = "pyarrow, which reads it, is not installed: pip install pyarrow"
+    with pytest.raises(DataError, match=f"a.parquet.*{expected}"):
+        load_records(path, "text")
+
+
+def test_parquet_gives_the_records_of_its_rows(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"prompt": ["2+2?", "3+3?"], "completion": ["4", ""]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    report = DataReport()
+    (record,) = load_records(tmp_path / "a.parquet", on_bad_record="skip", report=report)
+    assert record.record_id == "a.parquet[0]" and record.text == "2+2?4"
+    assert report.samples[0].startswith("a.parquet[1]: completion: found empty text")
 
 
 def test_max_records_stops_reading(tmp_path):

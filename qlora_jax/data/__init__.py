@@ -9,12 +9,22 @@ From a file to a batch:
 """
 # ruff: noqa: I001 (the order is that of the table of contents, not the alphabet)
 
-# Reading
+# Reading: files of one's own, and the published sets by name
 from qlora_jax.data.formats import Record as Record
 from qlora_jax.data.records import load_records as load_records
 from qlora_jax.data.report import DataReport as DataReport
+from qlora_jax.data.sets import SETS as SETS
+from qlora_jax.data.sets import InstructionSet as InstructionSet
+
+# Several sets, duplicates, overlap
+from qlora_jax.data.mixture import parse_mixture as parse_mixture
+from qlora_jax.data.mixture import repeat as repeat
+from qlora_jax.data.overlap import drop_duplicates as drop_duplicates
+from qlora_jax.data.overlap import measure_overlap as measure_overlap
 
 # Tokens and loss masks
+from qlora_jax.data.chat_formats import CHAT_FORMATS as CHAT_FORMATS
+from qlora_jax.data.chat_formats import ChatFormat as ChatFormat
 from qlora_jax.data.masking import Example as Example
 from qlora_jax.data.masking import tokenize_records as tokenize_records
 from qlora_jax.data.tokenizer import Tokenizer as Tokenizer
