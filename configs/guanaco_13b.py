@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/guanaco_13b.py --workdir=runs/guanaco_13b
 
-It takes 11.8 GiB: an RTX 3090 or another card of 24 GB. To see it compiled for one:
+It takes 11.9 GiB: an RTX 3090 or another card of 24 GB. To see it compiled for one:
 
     python scripts/plan.py --config=configs/guanaco_13b.py --device=rtx3090
 """
