@@ -151,10 +151,13 @@ def interleaved_to_planar(packed: np.ndarray, size: int, block_size: int) -> np.
     if packed.size != -(-size // 2):
         raise ValueError(f"{packed.size=} bytes cannot hold {size=} codes of 4 bits")
     plane = plane_size(size, block_size)
-    codes = np.zeros(2 * plane, np.uint8)
-    codes[0 : 2 * packed.size : 2] = packed >> 4
-    codes[1 : 2 * packed.size : 2] = packed & 15
-    return codes[:plane] << 4 | codes[plane:]
+    if packed.size < plane:
+        packed = np.concatenate([packed, np.zeros(plane - packed.size, np.uint8)])
+    first, second = packed[: plane // 2], packed[plane // 2 :]
+    codes = np.empty(plane, np.uint8)
+    np.bitwise_or(first & 0xF0, second >> 4, out=codes[0::2])
+    np.bitwise_or(first << 4, second & 15, out=codes[1::2])
+    return codes
 
 
 def planar_to_interleaved(codes: np.ndarray, size: int, block_size: int) -> np.ndarray:
@@ -168,6 +171,8 @@ def planar_to_interleaved(codes: np.ndarray, size: int, block_size: int) -> np.n
     plane = plane_size(size, block_size)
     if codes.size != plane:
         raise ValueError(f"{codes.size=} bytes, expected {plane} for {size=} and {block_size=}")
-    flat = np.concatenate([codes >> 4, codes & 15])
-    flat = flat[: 2 * -(-size // 2)]
-    return flat[0::2] << 4 | flat[1::2]
+    even, odd = codes[0::2], codes[1::2]
+    packed = np.empty(plane, np.uint8)
+    np.bitwise_or(even & 0xF0, odd >> 4, out=packed[: plane // 2])
+    np.bitwise_or(even << 4, odd & 15, out=packed[plane // 2 :])
+    return packed[: -(-size // 2)]

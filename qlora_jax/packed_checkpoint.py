@@ -258,6 +258,8 @@ class _Stacked(_Layout):
             },
         }
         method = {"quant_method": StackedCheckpoint.METHOD, "version": VERSION}
+        if isinstance(self.source, bnb.BitsandbytesCheckpoint):  # to be written again one day
+            method["bitsandbytes"] = self.source.config["quantization_config"]
         config = self.config() | {"quantization_config": method}
         weight_map = {name: entry.path.name for name, entry in entries.items()}
         return _weight_index(weight_map) | {INDEX: _json(index), "config.json": _json(config)}
@@ -310,14 +312,16 @@ class _Bitsandbytes(_Layout):
     def descriptions(self, files: list[pathlib.Path]) -> dict[str, bytes]:
         """The small files of this kind, `config.json` last."""
         weight_map = {name: file.name for file in files for name in read_header(file)}
-        config = self.config()
-        if isinstance(self.source, bnb.BitsandbytesCheckpoint):
-            config = self.source.config  # as it was, also what only transformers understands
-        else:
-            config["quantization_config"] = self._quantization()
+        config = self.config() | {"quantization_config": self._quantization()}
         return _weight_index(weight_map) | {"config.json": _json(config)}
 
     def _quantization(self) -> dict[str, Any]:
+        """That of the input, if it was once bitsandbytes', or what describes the output."""
+        said = self.source.config.get("quantization_config") or {}
+        if isinstance(self.source, StackedCheckpoint):
+            said = said.get("bitsandbytes")
+        if said:
+            return said
         kinds = list(self.formats.values())
         dense = {path.split("/")[-2] for path in self.targets if path.endswith("/kernel")}
         dense -= {path.split("/")[-2] for path in self.formats}

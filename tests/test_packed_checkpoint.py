@@ -122,14 +122,6 @@ def test_bitsandbytes_to_ours_and_back_is_the_file_to_the_byte(golden, tmp_path,
     back = quantize_checkpoint(source, tmp_path / "back", format="bitsandbytes")
     assert tensors_of(back) == tensors_of(golden)
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (back, golden))
-    if not via_ours:
-        assert ours == theirs
-    skipped = ours["quantization_config"].pop("llm_int8_skip_modules")
-    assert set(skipped or ()) == set(
-        theirs["quantization_config"].pop("llm_int8_skip_modules") or ()
-    )
-    ours["quantization_config"].pop("bnb_4bit_compute_dtype")
-    theirs["quantization_config"].pop("bnb_4bit_compute_dtype")
     assert ours == theirs
     models = [load_model(folder)[0] for folder in (golden, source, back)]
     assert len({base_fingerprint(model) for model in models}) == 1

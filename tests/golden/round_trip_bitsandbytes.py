@@ -54,9 +54,12 @@ def logits(folder: pathlib.Path) -> torch.Tensor:
 
     In training mode, which has no dropout here: bitsandbytes then decodes weights and multiplies in
     float32. In evaluation it may take a fused CPU kernel in bfloat16, whose rounding is larger than
-    what is looked for.
+    what is looked for. Every tensor gets memory of its own: mapped from a file it may lie anywhere,
+    and the order in which a product is summed depends on that.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").train()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     ids = json.loads(pathlib.Path(__file__).with_name("loading.json").read_text())["ids"]
     with torch.no_grad():
         return model(torch.tensor([ids]) % model.config.vocab_size).logits.float()
@@ -109,6 +112,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=pathlib.Path, help="SmolLM2 as a GGUF file")
     args = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=128,
@@ -121,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         (folder / "tiny").mkdir()
-        transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "tiny" / "dense")
+        transformers.LlamaForCausalLM(config).save_pretrained(folder / "tiny" / "dense")
         check("tiny", args.ours, folder / "tiny" / "dense", folder / "tiny")
         if args.gguf:
             smol = folder / "smol"
