@@ -309,3 +309,21 @@ def test_the_date_in_a_template_is_the_same_every_day():
         "Today Date: {{ date_string }}"
     )
     assert render_chat_template(template, []) == "Today Date: 26 Jul 2024"
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_written_files_give_the_same_tokenizer(tmp_path, add_bos):
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>", "<|im_end|>"])
+    options = dict(bos_token_id=1, eos_token_ids=(4, 2), pad_token_id=0, add_bos_token=add_bos)
+    before = Tokenizer(backend, chat_template="{{ bos_token }}{{ messages[0].content }}", **options)
+    for name, text in before.to_files().items():
+        (tmp_path / name).write_text(text)
+    after = Tokenizer.from_file(tmp_path)
+    for name in ("bos_token_id", "eos_token_ids", "pad_token_id", "add_bos_token", "chat_template"):
+        assert getattr(after, name) == getattr(before, name), name
+    text = before.apply_chat_template([{"role": "user", "content": "a <|im_end|>"}])
+    assert after.encode(text) == before.encode(text) == [1, 3, 4]
