@@ -15,6 +15,7 @@ from qlora_jax.metrics import read_metrics
 from qlora_jax.neftune import NoisyEmbed, add_embedding_noise
 from qlora_jax.training.building import split_model
 from qlora_jax.training.step import init_state, make_train_step
+from qlora_jax.vocabulary import quantize_vocabulary
 
 TOKENS = jnp.arange(12).reshape(2, 6)
 
@@ -95,3 +96,15 @@ def test_a_run_with_noise_measures_and_answers_without(tmp_path):
         losses.append([row["loss"] for row in read_metrics(tmp_path / str(alpha)) if "loss" in row])
         heldout.append(result.heldout_before)
     assert heldout[0] == heldout[1] and losses[0] != losses[1]
+
+
+def test_a_vocabulary_in_8_bits_gets_noise_too():
+    model = golden_tiny("qwen3")[0]
+    model = quantize_vocabulary(model)
+    model.eval()
+    before = model(TOKENS)
+    add_embedding_noise(model, 15.0, seed=0)
+    model.eval()
+    np.testing.assert_array_equal(model(TOKENS), before)
+    model.train()
+    assert float(jnp.max(jnp.abs(model(TOKENS) - before))) > 1e-4
