@@ -31,6 +31,7 @@ from qlora_jax.vocabulary import quantize_vocabulary as quantize_vocabulary
 
 # Optimizers (the rest is optax)
 from qlora_jax.optim import adamw8bit as adamw8bit
+from qlora_jax.optim import paged as paged
 
 # A whole run
 from qlora_jax.config import get_config as get_config
