@@ -202,7 +202,7 @@ class _Leaf:
         if isinstance(self.like, bool | int | float):
             return type(self.like)(value.item())
         if _is_key(self.like):
-            return jax.random.wrap_key_data(value, impl=jax.random.key_impl(self.like))
+            return jax.random.wrap_key_data(value, impl=_key_impl(self.like))
         return value
 
     def __str__(self) -> str:
@@ -222,6 +222,13 @@ def _without_logging() -> Iterator[None]:
 
 def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(key: Any) -> Any:
+    """Which generator a key is for, also one without a value."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
+    return found[0]
 
 
 def _to_storable(leaf: Any) -> Any:

@@ -137,6 +137,12 @@ def get_config() -> config_dict.ConfigDict:
     optimizer.weight_decay = 0.0
     # The gradient's global norm is clipped to it.
     optimizer.max_grad_norm = 0.3
+    # Device memory of a step in GB (1e9 bytes); 0: what the device has. What of the optimizer's
+    # state does not fit lies in the host's memory: the same result, some per cent slower.
+    optimizer.device_budget_gb = 0.0
+    # Where state lies in the host's memory, compare a few small steps with it to steps without, to
+    # the bit, before the first: some seconds.
+    optimizer.check_paging = True
 
     config.train = train = config_dict.ConfigDict()
     # Optimizer steps; 0: as many as the epochs make.

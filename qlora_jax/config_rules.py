@@ -81,6 +81,7 @@ _RULES = {
     "optimizer.eps": _POSITIVE_FINITE,
     "optimizer.weight_decay": _at_least(0),
     "optimizer.max_grad_norm": _POSITIVE,
+    "optimizer.device_budget_gb": _at_least(0),
     "train.steps": _at_least(0),
     "train.epochs": _POSITIVE_FINITE,
     "train.batch_size": _at_least(1),

@@ -27,7 +27,8 @@ from ml_collections import config_dict
 from pallas_kernels import devices
 from qlora_jax.models.attention import implementation
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.planning import CONTEXT_BYTES, AbstractRun, abstract_run
+from qlora_jax.optim.paged import PAGE_BYTES
+from qlora_jax.planning import AbstractRun, abstract_run, device_budget
 from qlora_jax.report import measure
 from qlora_jax.targets import GpuTarget, find_target
 from qlora_jax.training.building import choose_compute_dtype, choose_remat
@@ -55,8 +56,9 @@ class Estimate:
         peak_bytes: device memory that the step needs, about.
         host_bytes: pinned memory of the host.
         budget_bytes: the device's memory less `planning.CONTEXT_BYTES`.
-        verdict: `"fits"` or `"does not fit"`.
+        verdict: as of `planning.Plan`.
         parts: bytes on the device by what they are; they add up to `peak_bytes`.
+        host_parts: likewise, of `host_bytes`.
     """
 
     device: str
@@ -66,6 +68,7 @@ class Estimate:
     budget_bytes: int
     verdict: str
     parts: dict[str, int]
+    host_parts: dict[str, int]
 
     @property
     def fits(self) -> bool:
@@ -93,13 +96,23 @@ def estimate(config: config_dict.ConfigDict, device: str = "h100") -> Estimate:
         "base": size.quantized_bytes,
         "embeddings, norms, head": size.dense_bytes,
         "adapters": size.trainable_bytes,
-        "moments": _bytes(run.state.opt_state),
+        "optimizer state": _bytes(run.state.opt_state),
         **_temporaries(config, run, remat, target),
     }
-    host = _stored(config, run, "full") if remat == "offload" else 0
-    peak, budget = sum(parts.values()), target.memory_bytes - CONTEXT_BYTES
-    verdict = "fits" if peak <= budget else "does not fit"
-    return Estimate(device, "estimate", peak, host, budget, verdict, parts)
+    host = {"activations": _stored(config, run, "full") if remat == "offload" else 0}
+    budget, verdict = device_budget(config, target), "fits"
+    excess = sum(parts.values()) - budget
+    if excess > 0:
+        # Three pages of it come and go.
+        moved = min(parts["optimizer state"], excess + 3 * PAGE_BYTES)
+        parts |= {
+            "optimizer state": parts["optimizer state"] - moved,
+            "pages of optimizer state": min(moved, 3 * PAGE_BYTES),
+        }
+        host["optimizer state"] = moved
+        verdict = "fits with paging" if sum(parts.values()) <= budget else "does not fit"
+    peak = sum(parts.values())
+    return Estimate(device, "estimate", peak, sum(host.values()), budget, verdict, parts, host)
 
 
 def _remat(config: config_dict.ConfigDict, target: GpuTarget) -> str:

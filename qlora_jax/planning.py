@@ -14,37 +14,21 @@ roofline, the least that arithmetic and memory traffic can take together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import PyTree
 from ml_collections import config_dict
 
-from qlora_jax import config as config_lib
-from qlora_jax.files import resolve_path
-from qlora_jax.loading import read_config
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.llama import Llama
-from qlora_jax.models.shapes import model_shape
+from qlora_jax.memory_limits import CONTEXT_BYTES
+from qlora_jax.optim.paged import state_bytes
 from qlora_jax.report import ModelSize, measure
-from qlora_jax.targets import CompiledFor, GpuTarget, compile_for, find_target
-from qlora_jax.training.building import (
-    adapt_model,
-    build_loss,
-    build_optimizer,
-    choose_compute_dtype,
-    choose_remat,
-    model_options,
-    split_model,
-)
-from qlora_jax.training.step import TrainState, init_state, make_train_step
-from qlora_jax.weights import open_checkpoint
+from qlora_jax.targets import GpuTarget, compile_for, find_target
+from qlora_jax.training import fitting
+from qlora_jax.training.building import choose_remat
+from qlora_jax.training.fitting import AbstractRun
 
-# What the driver, the CUDA context and the libraries' handles take of a card: an assumption.
-CONTEXT_BYTES = 768 << 20
 # Products of 16-bit matrices with float32 sums, floating-point operations a clock and
 # multiprocessor, dense, from NVIDIA's data sheets (GeForce cards run at half the rate).
 _TENSOR_FLOPS = {
@@ -59,6 +43,20 @@ _TENSOR_FLOPS = {
     "h100": 4096,
     "h200": 4096,
 }
+# Bytes a second that a card reads from the host's memory and writes to it at the same time: its
+# PCI Express bus, of the data sheets.
+_HOST_LINK = {
+    "t4": 15.75e9,
+    "rtx3090": 31.5e9,
+    "rtx4090": 31.5e9,
+    "a6000": 31.5e9,
+    "l4": 31.5e9,
+    "l40s": 31.5e9,
+    "a100_40gb": 31.5e9,
+    "a100_80gb": 31.5e9,
+    "h100": 63e9,
+    "h200": 63e9,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +68,14 @@ class Plan:
         peak_bytes: device memory that the step needs.
         host_bytes: pinned memory of the host.
         budget_bytes: the device's memory less `CONTEXT_BYTES`.
-        verdict: `"fits"` or `"does not fit"`.
+        verdict: `"fits"`, `"fits with paging"` (some of the optimizer's state lies in the host's
+            memory) or `"does not fit"`.
         parts: bytes on the device by what they are; they add up to `peak_bytes`.
+        host_parts: likewise, of `host_bytes`.
         flops: floating-point operations of a step.
         traffic_bytes: device memory read and written in a step, at least.
         seconds: a roofline of a step's time; an estimate.
+        paging_seconds: the part of it in which optimizer state comes from the host and goes back.
         changes: fields of the configuration with which it would fit, each set compiled; only where
             it does not fit.
     """
@@ -85,34 +86,17 @@ class Plan:
     budget_bytes: int
     verdict: str
     parts: dict[str, int]
+    host_parts: dict[str, int]
     flops: int
     traffic_bytes: int
     seconds: float
+    paging_seconds: float
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
         """Whether the run can be done."""
         return self.peak_bytes <= self.budget_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class AbstractRun:
-    """A configuration's training step and its arguments, without values.
-
-    Attributes:
-        shape: of the model.
-        step: as `make_train_step` gives it.
-        state: trainable parameters, moments, key.
-        frozen: the base.
-        batch: int32 [grad_accum, batch_size, max_len] each.
-    """
-
-    shape: LlamaConfig
-    step: Any
-    state: TrainState
-    frozen: nnx.State
-    batch: dict[str, jax.ShapeDtypeStruct]
 
 
 def plan(config: config_dict.ConfigDict, device: str = "h100", *, suggest: bool = True) -> Plan:
@@ -134,71 +118,76 @@ def plan(config: config_dict.ConfigDict, device: str = "h100", *, suggest: bool 
     'fits'
     """
     target = find_target(device)
-    run = abstract_run(config, target)
-    found = _plan(config, run, compile_run(run, target), target)
+    budget = device_budget(config, target)
+    compiler = functools.partial(compile_run, target=target)
+    fit = fitting.fit_state(functools.partial(compiler, config), budget)
+    found = _plan(config, fit, target, budget)
     if found.fits or not suggest:
         return found
-    for changes in _changes(config):
-        other = config_dict.ConfigDict(config)
-        other.update_from_flattened_dict(changes)
-        run = abstract_run(other, target)
-        if compile_run(run, target).peak_bytes <= found.budget_bytes:
-            return dataclasses.replace(found, changes=changes)
-    return found
+    return dataclasses.replace(found, changes=fitting.find_settings(config, compiler, budget))
 
 
-def abstract_run(config: config_dict.ConfigDict, target: GpuTarget) -> AbstractRun:
-    """Builds what `train` builds, from shapes alone."""
-    config_lib.validate(config)
-    spec, device = config.model.path, target.device
-    shape = model_shape(spec) or read_config(open_checkpoint(resolve_path(spec, kind="model")))
-    dtype, _ = choose_compute_dtype(config.model.compute_dtype, device)
-    options = model_options(config, device)
-    model = nnx.eval_shape(
-        lambda: Llama(shape, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, **options)
-    )
-    graphdef, lora, frozen = split_model(adapt_model(model, config))
-    tx, _ = build_optimizer(config, config.train.steps or 2**20)
-    state = jax.eval_shape(lambda lora: init_state(lora, tx, config.seed), lora)
-    batch = jax.ShapeDtypeStruct(
-        (config.train.grad_accum, config.train.batch_size, config.data.max_len), jnp.int32
-    )
-    names = ("tokens", "loss_mask", "segment_ids", "positions")
-    step = make_train_step(graphdef, tx, loss_fn=build_loss(config))
-    return AbstractRun(shape, step, state, frozen, dict.fromkeys(names, batch))
+def device_budget(config: config_dict.ConfigDict, target: GpuTarget) -> int:
+    """Bytes of a GPU's memory that a step may take."""
+    budget = target.memory_bytes - CONTEXT_BYTES
+    if config.optimizer.device_budget_gb:
+        budget = min(budget, int(config.optimizer.device_budget_gb * 1e9))
+    return budget
 
 
-def compile_run(run: AbstractRun, target: GpuTarget) -> CompiledFor:
-    """Compiles the step for a GPU."""
-    return compile_for(run.step, run.state, run.frozen, run.batch, target=target)
+def abstract_run(
+    config: config_dict.ConfigDict, target: GpuTarget, state_budget: int | None = None
+) -> AbstractRun:
+    """What `train` would build on that GPU, see `fitting.abstract_run`."""
+    return fitting.abstract_run(config, target.device, state_budget)
 
 
-def _plan(
-    config: config_dict.ConfigDict, run: AbstractRun, compiled: CompiledFor, target: GpuTarget
-) -> Plan:
+def compile_run(
+    config: config_dict.ConfigDict, state_budget: int | None = None, *, target: GpuTarget
+) -> fitting.Fit:
+    """Compiles a configuration's step for a GPU.
+
+    Args:
+        config: a whole configuration.
+        state_budget: bytes of optimizer state on the device; None: all of it.
+        target: the GPU.
+    """
+    run = abstract_run(config, target, state_budget)
+    compiled = compile_for(run.step, run.state, run.frozen, run.batch, target=target)
+    return fitting.Fit.of(compiled, state_budget, run.state)
+
+
+def _plan(config: config_dict.ConfigDict, fit: fitting.Fit, target: GpuTarget, budget: int) -> Plan:
+    run = abstract_run(config, target)
     size = measure(run.state.lora, run.frozen)
+    moments = state_bytes(fit.state.opt_state)
     parts = {
         "base": size.quantized_bytes,
         "embeddings, norms, head": size.dense_bytes,
         "adapters": size.trainable_bytes,
-        "moments": _bytes(run.state.opt_state),
-        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "optimizer state": moments["device"],
+        "temporaries": fit.compiled.memory_analysis().temp_size_in_bytes,
     }
-    peak = compiled.peak_bytes
-    parts["batch and metrics"] = peak - sum(parts.values())
-    budget = target.memory_bytes - CONTEXT_BYTES
+    parts["batch and metrics"] = fit.peak_bytes - sum(parts.values())
+    host = {"optimizer state": moments["pinned_host"]}
+    host["activations"] = fit.host_bytes - sum(host.values())
     flops, traffic = _work(config, run, size, target)
     peak_flops = _TENSOR_FLOPS[target.name] * target.core_count * target.clock_ghz * 1e9
+    # In both directions at a time, with next to nothing to compute meanwhile.
+    paging = moments["pinned_host"] / _HOST_LINK[target.name]
+    fits = "fits with paging" if moments["pinned_host"] else "fits"
     return Plan(
         device=target.name,
-        peak_bytes=peak,
-        host_bytes=compiled.host_bytes,
+        peak_bytes=fit.peak_bytes,
+        host_bytes=fit.host_bytes,
         budget_bytes=budget,
-        verdict="fits" if peak <= budget else "does not fit",
+        verdict=fits if fit.peak_bytes <= budget else "does not fit",
         parts=parts,
+        host_parts=host,
         flops=flops,
         traffic_bytes=traffic,
-        seconds=flops / peak_flops + traffic / target.memory_bandwidth,
+        seconds=flops / peak_flops + traffic / target.memory_bandwidth + paging,
+        paging_seconds=paging,
     )
 
 
@@ -226,30 +215,3 @@ def _work(
     decoded = passes * (size.quantized_bytes + 4 * size.quantized)
     moments = 2 * (_bytes(run.state.opt_state) + 2 * size.trainable_bytes)
     return microsteps * (linear + attention), microsteps * decoded + moments
-
-
-def _changes(config: config_dict.ConfigDict) -> Iterator[dict[str, Any]]:
-    """Settings that need less and less memory.
-
-    First those that leave the result of a step as it is (recomputation, smaller microbatches), then
-    the adapters' precision, then fewer rows a step, and at last shorter rows.
-    """
-    changes: dict[str, Any] = {}
-    if config.model.remat not in ("auto", "full", "offload"):
-        changes["model.remat"] = "full"
-        yield dict(changes)
-    if config.train.batch_size > 1:
-        changes["train.batch_size"] = 1
-        changes["train.grad_accum"] = config.train.grad_accum * config.train.batch_size
-        yield dict(changes)
-    if config.lora.dtype == "float32":
-        changes["lora.dtype"] = "bfloat16"
-        yield dict(changes)
-    if config.train.grad_accum * config.train.batch_size > 1:
-        changes["train.grad_accum"] = 1  # without a second tree of gradients
-        yield dict(changes)
-    length = config.data.max_len
-    while length > 256:
-        length //= 2
-        changes["data.max_len"] = length
-        yield dict(changes)

@@ -209,6 +209,8 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
         ),
         _goal("training step vs the rival's fastest", 1.8, _fastest(steps, "train")),
         _goal("decoding vs the rival's", 5.0, _fastest(steps, "decode")),
+        _goal("all moments paged: time over none", 1.03, _paging_cost(steps), least=False),
+        _goal("paged adapters equal to the bit", 1, _paging_equal(steps)),
     ]
     if result["dry_run"]:
         return [row | {"met": None} for row in rows_of_goals]
@@ -228,6 +230,27 @@ def _fastest(steps: dict[str, Any], run: str) -> tuple[float | None, str]:
     if len(best) < 2:
         return None, ""
     return best["ours"][0] / best["rival"][0], f"{best['ours'][1]} / {best['rival'][1]}"
+
+
+def _paging_cost(steps: dict[str, Any]) -> tuple[float | None, str]:
+    """The step with all moments in the host's memory over the same step with none there."""
+    speeds = [
+        steps.get(f"ours {name}", {}).get("tokens_per_second")
+        for name in ("train full", "paged 100")
+    ]
+    return (speeds[0] / speeds[1] if all(speeds) else None), "train full / paged 100"
+
+
+def _paging_equal(steps: dict[str, Any]) -> tuple[float | None, str]:
+    """1 where paged runs end with the bits of the unpaged one, else 0."""
+    digests = {
+        name: answer["digest"]
+        for name in ("train full", "paged 50", "paged 100")
+        if "digest" in (answer := steps.get(f"ours {name}", {}))
+    }
+    if len(digests) < 2:
+        return None, ""
+    return float(len(set(digests.values())) == 1), ", ".join(digests)
 
 
 def _goal(name: str, target: float, found: tuple[Any, str], *, least: bool = True) -> Row:

@@ -6,7 +6,11 @@ Questions, a line of JSON each, in the order of the memory they need (the device
 is never reset):
 
     {"run": "decode"}
+    {"run": "paged", "setting": "100"}        training with so many % of the moments on the host
     {"run": "train", "setting": "full"}       what `config.model.remat` may be
+
+The answers to `paged` and to `train full` have a digest of the adapters after the same steps on the
+same batch: paging changes no bit of them.
 
 What is timed is what users run: `qlora_jax.training.step` on a configuration's optimizer and
 adapters, and `qlora_jax.generation.generate_ids`. Only the weights are not read from a file: the
@@ -27,6 +31,7 @@ import bench_gpu_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from flax import nnx
 
 from qlora_jax import config
@@ -35,6 +40,7 @@ from qlora_jax.generation import generate_ids
 from qlora_jax.lora import is_quantized
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
+from qlora_jax.optim.paged import state_bytes
 from qlora_jax.training.building import build_optimizer, choose_compute_dtype, split_model
 from qlora_jax.training.step import compile_step, init_state, make_train_step, next_token_loss
 
@@ -137,6 +143,8 @@ class StepBench:
         """The answer to one question of the module's text."""
         if question["run"] == "decode":
             return self._decode()
+        if question["run"] == "paged":
+            return self._train("full", paged=int(question["setting"]) / 100)
         return self._train(question["setting"])
 
     def _decode(self) -> dict[str, Any]:
@@ -153,13 +161,15 @@ class StepBench:
                     seconds[count].append(time.perf_counter() - started)
         return {"seconds": seconds, "peak_bytes": peak_bytes(), "dtype": str(self._dtype)}
 
-    def _train(self, setting: str) -> dict[str, Any]:
+    def _train(self, setting: str, paged: float = 0.0) -> dict[str, Any]:
         sizes, settings = self._sizes, self._settings
         model = adapted_model(self._base, settings, setting)
         graphdef, lora, frozen = split_model(model)
-        tx, _ = build_optimizer(settings, total_steps=1000)
-        state = init_state(lora, tx, settings.seed)
         trainable = sum(leaf.size for leaf in jax.tree.leaves(lora))
+        budget = int((1 - paged) * 8 * trainable) if paged else None
+        tx, _ = build_optimizer(settings, total_steps=1000, state_budget=budget)
+        state = init_state(lora, tx, settings.seed)
+        where = state_bytes(state.opt_state)
         del model, lora
         loss = functools.partial(next_token_loss, chunk_size=sizes.loss_chunk)
         batch = random_batch(sizes)
@@ -180,9 +190,17 @@ class StepBench:
             raise RuntimeError(f"{losses=}")
         seconds = seconds[sizes.step_warm_up :]
         report |= {"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes()}
-        report["trainable"] = trainable
+        report |= {"trainable": trainable, "optimizer_bytes": where, "digest": digest(state.lora)}
         tokens = sizes.batch * sizes.length
         return report | {"tokens_per_second": tokens / statistics.median(seconds)}
+
+
+def digest(tree: Any) -> str:
+    """A hash of all arrays of a tree."""
+    hashed = xxhash.xxh3_128()
+    for leaf in jax.tree.leaves(tree):
+        hashed.update(np.asarray(leaf).tobytes())
+    return hashed.hexdigest()
 
 
 def random_batch(sizes: cases.Sizes) -> dict[str, np.ndarray]:

@@ -237,7 +237,7 @@ class Suite:
         answers = self._ask_steps(
             "ours",
             ours,
-            ["decode", "train full", "train projections", "train none"],
+            ["decode", "paged 100", "paged 50", "train full", "train projections", "train none"],
             self.left() * (_OUR_SHARE if self._rival_python else 1.0),
         )
         # The device has room for one of the two: ours is gone before the rival starts.

@@ -111,20 +111,22 @@ def _print(console: Console, plan: Plan | Estimate) -> None:
     for part, count in plan.parts.items():
         if count >= 2**16:  # else it would read as nothing
             table.add_row(part, format_bytes(count))
+    for part, count in plan.host_parts.items():
+        if count >= 2**16:
+            table.add_row(f"in the host's memory: {part}", format_bytes(count), style="cyan")
     table.add_section()
-    table.add_row("peak", format_bytes(plan.peak_bytes))
+    table.add_row("peak on the device", format_bytes(plan.peak_bytes))
     table.add_row(
         f"budget: memory less {format_bytes(planning.CONTEXT_BYTES)} for context and libraries",
         format_bytes(plan.budget_bytes),
     )
-    if plan.host_bytes:
-        table.add_row("pinned memory of the host, besides", format_bytes(plan.host_bytes))
     console.print(table)
     if isinstance(plan, Estimate):
         return
     console.print(
         f"  a step: {plan.flops / 1e12:,.0f} TFLOP, {plan.traffic_bytes / 1e9:,.0f} GB through "
         f"memory; not under {plan.seconds:.2f} s (an estimate)"
+        + (f", {plan.paging_seconds:.2f} s of it paging" if plan.paging_seconds else "")
     )
     if plan.changes:
         flags_ = " ".join(f"--config.{field}={value}" for field, value in plan.changes.items())

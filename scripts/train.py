@@ -10,6 +10,7 @@ with everything saved; the same command continues.
 from absl import flags
 
 from qlora_jax import command_line, training
+from qlora_jax.memory_limits import claim_gpu
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -19,6 +20,7 @@ _WORKDIR = flags.DEFINE_string(
 
 def main():
     """Hands the flags to `qlora_jax.training.train`."""
+    claim_gpu()
     training.train(_CONFIG.value, _WORKDIR.value)
 
 

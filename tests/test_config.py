@@ -80,6 +80,8 @@ def test_the_whole_base():
             "eps": 1e-8,
             "weight_decay": 0.0,
             "max_grad_norm": 0.3,
+            "device_budget_gb": 0.0,
+            "check_paging": True,
         },
         "train": {
             "steps": 0,
@@ -110,6 +112,7 @@ def test_every_rule_is_about_a_field_and_every_number_and_choice_has_one():
         "data.packing",
         "data.group_by_length",
         "data.eval_path",
+        "optimizer.check_paging",
         "sample.enabled",
     }
 

@@ -20,7 +20,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.flax_nnx import apply_qlora
 from qlora_jax.models.attention import attend
 from qlora_jax.models.long_rows import attend_by_heads, fold_streams, map_tokens
-from qlora_jax.targets import attention_workspace, find_target
+from qlora_jax.targets import attention_workspace, compile_for, find_target
 from qlora_jax.training import train
 from qlora_jax.training.building import split_model
 from qlora_jax.training.step import next_token_loss
@@ -385,7 +385,8 @@ def plan_small(tmp_path, **fields):
     config.model.path, config.data.max_len, config.model.sequence_chunk = str(tmp_path), 20480, 2048
     config.update_from_flattened_dict(fields)
     target = find_target("rtx4090")
-    return planning.compile_run(planning.abstract_run(config, target), target)
+    run = planning.abstract_run(config, target)
+    return compile_for(run.step, run.state, run.frozen, run.batch, target=target)
 
 
 @needs_cuda_wheels

@@ -1,5 +1,6 @@
 """Plans of runs that nobody has started, on devices that are not here."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from qlora_jax import config as config_lib
 from qlora_jax import planning
 from qlora_jax.errors import UserError, WeightsError
 from qlora_jax.models.shapes import SHAPES, model_shape
+from qlora_jax.optim.paged import state_bytes
 from qlora_jax.targets import find_target
+from qlora_jax.training import fitting
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -105,38 +108,64 @@ def test_a_plan_adds_up(config):
     trainable = sum(x.size for x in jax.tree.leaves(run.state.lora))
     assert plan.parts["adapters"] == 4 * trainable
     # Two moments and a counter of each of the two transformations' states at most.
-    assert 0 <= plan.parts["moments"] - 8 * trainable < 64
+    assert 0 <= plan.parts["optimizer state"] - 8 * trainable < 64
     assert plan.budget_bytes == find_target("rtx4090").memory_bytes - planning.CONTEXT_BYTES
     assert plan.flops > 0 and plan.seconds > 0
 
 
-class FakeCompiled:
-    """Of a device's memory, a step takes a third for each row and adds the adapters' bytes."""
-
-    host_bytes = 0
-
-    def __init__(self, run, target):
-        rows = run.batch["tokens"].shape[1]
-        adapters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.state.lora))
-        self.peak_bytes = rows * target.memory_bytes // 3 + adapters
-
-    def memory_analysis(self):
-        return types.SimpleNamespace(temp_size_in_bytes=0)
+def fake_compile(config, state_budget=None, *, target):
+    """A row takes a third of a device's memory; beside it the optimizer's state, if it is there."""
+    run = planning.abstract_run(config, target, state_budget)
+    state = state_bytes(run.state.opt_state)
+    peak = target.memory_bytes // 3 * run.batch["tokens"].shape[1]
+    peak += state["device"]
+    memory = {
+        f"{where}{part}_size_in_bytes": 0
+        for where in ("", "host_")
+        for part in ("argument", "temp", "output", "alias")
+    }
+    memory |= {"argument_size_in_bytes": peak, "host_argument_size_in_bytes": state["pinned_host"]}
+    compiled = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**memory))
+    return fitting.Fit.of(compiled, state_budget, run.state)
 
 
 def test_a_run_that_does_not_fit_comes_with_settings_that_do(config, monkeypatch):
-    monkeypatch.setattr(planning, "compile_run", FakeCompiled)
+    monkeypatch.setattr(planning, "compile_run", fake_compile)
     config.train.batch_size = 8
     plan = planning.plan(config, "h100")
     assert plan.verdict == "does not fit" and not plan.fits
     assert plan.changes == {"train.batch_size": 1, "train.grad_accum": 8}
     assert planning.plan(config, "h100", suggest=False).changes == {}
     config.train.batch_size = 2
-    assert planning.plan(config, "h100").fits
+    assert planning.plan(config, "h100").verdict == "fits"
+
+
+def test_state_goes_to_the_host_as_far_as_it_must(config, monkeypatch):
+    monkeypatch.setattr(planning, "compile_run", fake_compile)
+    monkeypatch.setattr(fitting, "_LEAST_ROOM", 1)
+    monkeypatch.setattr(importlib.import_module("qlora_jax.optim.paged"), "LEAST_ELEMENTS", 1)
+    everything = planning.plan(config, "h100")
+    total, rest = everything.parts["optimizer state"], everything.peak_bytes
+    rest -= total
+    shares = [(1.0, "fits"), (0.6, "fits with paging"), (0.1, "fits with paging")]
+    before = total + 1
+    for share, verdict in shares:
+        config.optimizer.device_budget_gb = (rest + share * total + 10) / 1e9
+        plan = planning.plan(config, "h100", suggest=False)
+        assert plan.verdict == verdict and plan.fits
+        on_device, on_host = plan.parts["optimizer state"], plan.host_parts["optimizer state"]
+        assert on_device + on_host == total and on_host == plan.host_bytes
+        assert on_device <= share * total + 10 and on_device < before
+        assert on_device > share * total / 2
+        assert plan.paging_seconds == on_host / 63e9
+        before = on_device
+    config.optimizer.device_budget_gb = (rest - 1000) / 1e9
+    plan = planning.plan(config, "h100", suggest=False)
+    assert plan.verdict == "does not fit" and not plan.fits
 
 
 def test_what_cannot_fit_has_no_settings(config, monkeypatch):
-    monkeypatch.setattr(planning, "compile_run", FakeCompiled)
+    monkeypatch.setattr(planning, "compile_run", fake_compile)
     monkeypatch.setattr(planning, "CONTEXT_BYTES", find_target("t4").memory_bytes)
     plan = planning.plan(config, "t4")
     assert not plan.fits and plan.changes == {}
@@ -166,13 +195,23 @@ def test_a_device_that_is_none_is_a_users_mistake(config, tmp_path):
     assert "did you mean 'h100'?" in done.stderr and "Traceback" not in done.stderr
 
 
+def lean(config, name, adapters="float32"):
+    """Batch 1 x 512, rank 64 on all linears."""
+    config.model.path = name
+    config.data.max_len, config.data.packing = 512, False
+    config.lora.rank = 64
+    config.lora.dropout = 0.05
+    config.lora.dtype = adapters
+    return config
+
+
 @needs_cuda_wheels
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "device", "gib"),
     [
         ("huggyllama/llama-7b", "h100", 6.4),
-        ("huggyllama/llama-13b", "h100", 11.1),
+        ("huggyllama/llama-13b", "a6000", 11.0),
         ("huggyllama/llama-30b", "rtx4090", 24.4),
         # The scheduler for this GPU still overlaps two decoded weights of the MLP.
         ("huggyllama/llama-65b", "h100", 45.6),
@@ -180,12 +219,30 @@ def test_a_device_that_is_none_is_a_users_mistake(config, tmp_path):
     ],
 )
 def test_the_lean_step_does_not_grow(config, name, device, gib):
-    """Batch 1 x 512, rank 64 on all linears, float32 adapters and moments on the device."""
-    config.model.path = name
-    config.data.max_len = 512
-    config.lora.rank = 64
-    config.lora.dropout = 0.05
-    assert planning.plan(config, device, suggest=False).peak_bytes <= gib * GIB
+    """Float32 adapters and moments on the device."""
+    fit = planning.compile_run(lean(config, name), target=find_target(device))
+    assert fit.peak_bytes <= gib * GIB and fit.host_bytes == 0
+
+
+@needs_cuda_wheels
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "device", "adapters", "gib"),
+    [
+        ("huggyllama/llama-7b", "h100", "float32", 5.2),
+        ("huggyllama/llama-7b", "h100", "bfloat16", 4.7),
+        ("huggyllama/llama-13b", "h100", "float32", 9.2),
+        ("huggyllama/llama-30b", "rtx4090", "float32", 20.8),
+        ("huggyllama/llama-65b", "a6000", "float32", 39.5),
+        ("huggyllama/llama-65b", "a100_40gb", "bfloat16", 37.5),
+    ],
+)
+def test_the_lean_step_with_its_moments_in_the_hosts_memory(config, name, device, adapters, gib):
+    target = find_target(device)
+    fit = planning.compile_run(lean(config, name, adapters), 0, target=target)
+    assert fit.peak_bytes <= gib * GIB
+    moments = 8 * sum(x.size for x in jax.tree.leaves(fit.state.lora))
+    assert 0.99 * moments < fit.host_bytes <= moments
 
 
 def test_every_known_shape_has_a_name_of_the_hub():

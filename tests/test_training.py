@@ -27,6 +27,7 @@ from qlora_jax.training import run as run_lib
 from qlora_jax.training.building import build_model, build_optimizer, split_model
 from qlora_jax.training.data import load_training_data
 from qlora_jax.training.step import init_state
+from qlora_jax.training.stepping import Steps
 from qlora_jax.training.workdir import Workdir
 
 
@@ -206,21 +207,16 @@ def test_a_run_is_continued_only_as_itself(config, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(config, tmp_path, monkeypatch):
-    def compile_poisoned(self, compile_step=run_lib._Run._compile):
-        step_fn = compile_step(self)
-
-        def poisoned(state, frozen, batch):
-            bad = int(state.step) == 2
-            state, metrics = step_fn(state, frozen, batch)
-            if bad:
-                nats = metrics["microbatch_nats"].at[1].set(math.nan)
-                metrics = {**metrics, "loss": math.nan, "microbatch_nats": nats}
-            return state, metrics
-
-        return poisoned
+    def poisoned(self, state, frozen, batch, step_fn=Steps.__call__):
+        bad = int(state.step) == 2
+        state, metrics = step_fn(self, state, frozen, batch)
+        if bad:
+            nats = metrics["microbatch_nats"].at[1].set(math.nan)
+            metrics = {**metrics, "loss": math.nan, "microbatch_nats": nats}
+        return state, metrics
 
     workdir, config.checkpoint.every = tmp_path / "run", 2
-    monkeypatch.setattr(run_lib._Run, "_compile", compile_poisoned)
+    monkeypatch.setattr(Steps, "__call__", poisoned)
     with pytest.raises(TrainingError, match=r"step 3: .*loss nan.*sums\.jsonl:\d+, .*") as stop:
         run(config, workdir)
     assert Checkpointer(workdir / "checkpoints").steps() == [2]

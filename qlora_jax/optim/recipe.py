@@ -18,6 +18,7 @@ import optax
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.optim.adamw8bit import adamw8bit
+from qlora_jax.optim.paged import paged
 
 OPTIMIZERS = ("adamw", "adamw8bit", "lion")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -73,6 +74,7 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_grad_norm: float = 0.3,
+    state_budget: int | None = None,
 ) -> optax.GradientTransformation:
     """Clip by the global norm, then AdamW or another.
 
@@ -87,6 +89,8 @@ def make_optimizer(
         eps: added to the root of the second moment; Lion has none.
         weight_decay: decoupled, times the learning rate, on every trainable leaf.
         max_grad_norm: gradients with a larger global norm are scaled down to it; 0 turns it off.
+        state_budget: bytes of moments on the device; the others are in the host's memory (see
+            `paged`). None: all are on the device.
 
     Raises:
         ConfigError: for an unknown name.
@@ -108,6 +112,7 @@ def make_optimizer(
         raise ConfigError(
             f"optimizer.name={name!r} is not known; choose one of {', '.join(OPTIMIZERS)}"
         )
+    tx = paged(tx, state_budget)
     if max_grad_norm == 0:
         return tx
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)

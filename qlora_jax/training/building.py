@@ -181,9 +181,15 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], nnx.St
 
 
 def build_optimizer(
-    config: config_dict.ConfigDict, total_steps: int
+    config: config_dict.ConfigDict, total_steps: int, state_budget: int | None = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a configuration, and its learning rate by step (counted from 0)."""
+    """The optimizer of a configuration, and its learning rate by step (counted from 0).
+
+    Args:
+        config: a whole configuration.
+        total_steps: of the run.
+        state_budget: bytes of the optimizer's state on the device; None: all of it.
+    """
     recipe = config.optimizer
     schedule = make_schedule(
         recipe.learning_rate,
@@ -199,5 +205,6 @@ def build_optimizer(
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
+        state_budget=state_budget,
     )
     return tx, schedule

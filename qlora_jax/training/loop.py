@@ -25,6 +25,8 @@ from qlora_jax.training.interrupts import InterruptWatch
 from qlora_jax.training.step import TrainState
 
 _NAMED_RECORDS = 40
+# Of a step whose memory is planned: the device's, and where the optimizer's state lies.
+_PLACES = ("step_device_bytes", "optimizer_device_bytes", "optimizer_host_bytes")
 
 
 @dataclasses.dataclass
@@ -140,6 +142,7 @@ def run_steps(
                 "tokens_per_second": int(metrics["tokens"]) / seconds,
                 "memory_bytes": memory_in_use()[0],
             }
+            row |= {name: int(metrics[name]) for name in _PLACES if name in metrics}
             if intervals.evaluate and step % intervals.evaluate == 0 and not last:
                 row["heldout_loss"] = hooks.evaluate(state)
             hooks.record(step, row)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from ml_collections import config_dict
 
@@ -29,6 +28,7 @@ from qlora_jax.errors import CheckpointError, TrainingError
 from qlora_jax.generation import generate
 from qlora_jax.metrics import MetricsWriter, plot_loss
 from qlora_jax.neftune import add_embedding_noise
+from qlora_jax.optim.paged import eval_placed
 from qlora_jax.report import Report, format_bytes, format_count, measure
 from qlora_jax.training.building import (
     build_loss,
@@ -48,11 +48,10 @@ from qlora_jax.training.data import data_path, describe_data, load_training_data
 from qlora_jax.training.loop import Hooks, Intervals, run_steps
 from qlora_jax.training.step import (
     TrainState,
-    compile_step,
     evaluate_loss,
     init_state,
-    make_train_step,
 )
+from qlora_jax.training.stepping import Steps, place_abstract
 from qlora_jax.training.workdir import Workdir, explain_os_error
 
 OnStep = Callable[[int, Mapping[str, float]], None]
@@ -153,8 +152,10 @@ def load_trained(
     dtype, _ = choose_compute_dtype(config.model.compute_dtype, jax.devices()[0])
     model, tokenizer, fingerprint = build_model(config, dtype=dtype)
     graphdef, lora, frozen = split_model(model)
-    tx, _ = build_optimizer(config, total_steps=2**31)
-    state, metadata = checkpointer.restore(step, init_state(lora, tx, config.seed))
+    # The moments are not needed: they stay in the host's memory.
+    tx, _ = build_optimizer(config, total_steps=2**31, state_budget=0)
+    like = eval_placed(lambda lora: init_state(lora, tx, config.seed), lora)
+    state, metadata = checkpointer.restore(step, place_abstract(like, jax.devices()[0]))
     Workdir(path).check_same(config.model.path, metadata["base_fingerprint"], fingerprint)
     model = nnx.merge(graphdef, state.lora, frozen)
     model.eval()
@@ -208,10 +209,10 @@ class _Run:
             seed=config.seed,
         )
         self.steps = config.train.steps or self.batches.num_batches(config.train.epochs)
-        self.tx, self.schedule = build_optimizer(config, self.steps)
+        _, self.schedule = build_optimizer(config, self.steps)
         self.loss_fn = build_loss(config)
-        # on the device explicitly, as a restored state is: both compile to the same program
-        self.state = jax.device_put(init_state(lora, self.tx, config.seed), device)
+        self.lora = lora
+        self.state: TrainState | None = None  # until it is known where it fits
         # measured before the first step; travels in the metadata of the checkpoints
         self.before: dict[str, Any] | None = None
         self.train_loss: float | None = None
@@ -220,14 +221,14 @@ class _Run:
         """The run in the order in which it is printed."""
         self._describe()
         self._prepare_directory()
-        self._restore()
         shown = min(self.data.train[:20], key=lambda example: len(example.tokens))
         self.report.sample(shown, self.tokenizer)
+        steps = self._compile()
+        self._start(steps)
         if int(self.state.step) < self.steps:
-            step_fn = self._compile()
             if self.before is None:
                 self.before = self._measure("before training")
-            self._train(step_fn)
+            self._train(steps)
         after = self._measure("after training")
         return self._conclude(after)
 
@@ -268,18 +269,43 @@ class _Run:
                 self.report.line(f"  {line}", style="yellow")
 
     def _prepare_directory(self) -> None:
-        state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        tx, _ = build_optimizer(self.config, self.steps)
+        state = jax.eval_shape(lambda lora: init_state(lora, tx, self.config.seed), self.lora)
+        state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         # one more than is kept: a new checkpoint is whole before the oldest goes
         self.directory.check_space((self.config.checkpoint.keep + 1) * state_bytes + 2**24)
         (self.directory / "result.json").unlink(missing_ok=True)
         self.directory.write_text("config.json", config_lib.to_json(self.config))
 
-    def _restore(self) -> None:
-        """Continues from the newest checkpoint, if there is one."""
+    def _compile(self) -> Steps:
+        """Compiles the step before its first use, so that the wait has a name and a duration."""
+        seq_len = self.config.data.max_len
+        lengths = row_lengths(seq_len) if self.config.data.group_by_length else [seq_len]
+        once = "once" if len(lengths) == 1 else f"once for each of {len(lengths)} lengths of rows"
+        with self.report.busy(f"compiling ({once})") as notes:
+            steps = Steps(
+                self.config,
+                self.graphdef,
+                self.lora,
+                self.frozen,
+                lengths=lengths,
+                total_steps=self.steps,
+                loss_fn=self.loss_fn,
+                report=self.report,
+            )
+            notes.append(f"a step needs {format_bytes(steps.longest.peak_bytes)}")
+        if steps.longest.host_bytes:
+            for line in steps.describe():
+                self.report.line(f"  {line}")
+        return steps
+
+    def _start(self, steps: Steps) -> None:
+        """A new state, or that of the newest checkpoint, in the memory where the steps want it."""
         latest = self.checkpointer.latest_step()
         if latest is None:
+            self.state = steps.start(self.lora)
             return
-        state, metadata = self.checkpointer.restore(latest, self.state)
+        state, metadata = self.checkpointer.restore(latest, steps.restored_like())
         paths = {"base": self.config.model.path, "data": data_path(self.config)}
         now = {"base": self.fingerprint, "data": self.data.fingerprint}
         for what, path in paths.items():
@@ -288,36 +314,6 @@ class _Run:
         self.state, self.before = state, metadata["before"]
         self.train_loss = metadata["train_loss"]
         self.report.line(f"\ncontinuing after step {latest} of {self.steps}", style="bold")
-
-    def _compile(self) -> Callable:
-        """Compiles the step before its first use, so that the wait has a name and a duration."""
-        seq_len = self.config.data.max_len
-        lengths = row_lengths(seq_len) if self.config.data.group_by_length else [seq_len]
-        once = "once" if len(lengths) == 1 else f"once for each of {len(lengths)} lengths of rows"
-        with self.report.busy(f"compiling ({once})") as notes:
-            compiled = {length: self._compile_length(length) for length in lengths}
-            longest = compiled[seq_len]
-            if memory := longest.memory_analysis():
-                peak = (
-                    memory.argument_size_in_bytes
-                    + memory.output_size_in_bytes
-                    - memory.alias_size_in_bytes
-                    + memory.temp_size_in_bytes
-                )
-                notes.append(f"a step needs {format_bytes(peak)}")
-
-        def step(state: TrainState, frozen: nnx.State, batch: Mapping[str, Any]):
-            return compiled[batch["tokens"].shape[-1]](state, frozen, batch)
-
-        return step
-
-    def _compile_length(self, seq_len: int) -> jax.stages.Compiled:
-        train = self.config.train
-        shape = (train.grad_accum, train.batch_size, seq_len)
-        names = ("tokens", "loss_mask", "segment_ids", "positions")
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-        step = make_train_step(self.graphdef, self.tx, loss_fn=self.loss_fn)
-        return compile_step(step, self.state, self.frozen, batch)
 
     def _train(self, step_fn: Callable) -> None:
         """Takes the steps that are missing."""

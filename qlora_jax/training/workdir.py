@@ -29,7 +29,16 @@ from typing import Any
 from qlora_jax.errors import ConfigError, TrainingError
 
 # Sections and fields that do not make it another run.
-_MAY_CHANGE = ("train.steps", "train.epochs", "train.log_every", "eval", "sample", "checkpoint")
+# How long, what is printed and kept, in which memory: none of it changes what is computed.
+_MAY_CHANGE = (
+    "train.steps",
+    "train.epochs",
+    "train.log_every",
+    "optimizer.device_budget_gb",
+    "eval",
+    "sample",
+    "checkpoint",
+)
 _BY_CONTENT = ("model.path", "data.path", "data.eval_path")
 
 

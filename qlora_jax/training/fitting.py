@@ -1,0 +1,223 @@
+"""Makes a training step fit into the memory of a device.
+
+XLA plans a program's memory when it compiles it. So the step is compiled, its plan is read, and
+where it needs more than there is, the optimizer's state moves to the host's memory, the largest
+leaves first, and no more of it than must (`qlora_jax.optim.paged`). What the compiler says is
+compiled anew until it fits; nothing is estimated.
+
+The same functions serve a run on the device that is there and a plan for one that is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import config_dict
+
+from qlora_jax import config as config_lib
+from qlora_jax.files import resolve_path
+from qlora_jax.loading import read_config
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.llama import Llama
+from qlora_jax.models.shapes import model_shape
+from qlora_jax.optim.paged import eval_placed, state_bytes
+from qlora_jax.training.building import (
+    adapt_model,
+    build_loss,
+    build_optimizer,
+    choose_compute_dtype,
+    model_options,
+    split_model,
+)
+from qlora_jax.training.step import TrainState, init_state, make_train_step
+from qlora_jax.weights import open_checkpoint
+
+# Less room than this for state on the device is not worth another compilation.
+_LEAST_ROOM = 64 << 20
+
+
+class Compiled(Protocol):
+    """A compiled program: `jax.stages.Compiled`, or one for another device."""
+
+    def memory_analysis(self) -> Any:
+        """Its memory plan."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractRun:
+    """A configuration's training step and its arguments, without values.
+
+    Attributes:
+        shape: of the model.
+        step: as `make_train_step` gives it.
+        state: trainable parameters, moments, key; what lies in the host's memory says so.
+        frozen: the base.
+        batch: int32 [grad_accum, batch_size, max_len] each.
+    """
+
+    shape: LlamaConfig
+    step: Any
+    state: TrainState
+    frozen: nnx.State
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A compiled step, and where its memory is.
+
+    Attributes:
+        compiled: the step.
+        state_budget: bytes of optimizer state that may be on the device; None: all of it.
+        state: the arguments' state, abstract; what lies in the host's memory says so.
+        peak_bytes: device memory of a step.
+        host_bytes: memory of the host, pinned.
+    """
+
+    compiled: Any
+    state_budget: int | None
+    state: TrainState
+    peak_bytes: int
+    host_bytes: int
+
+    @property
+    def pages(self) -> bool:
+        """Whether some of the optimizer's state lies in the host's memory."""
+        return state_bytes(self.state.opt_state)["pinned_host"] > 0
+
+    @classmethod
+    def of(cls, compiled: Compiled, state_budget: int | None, state: TrainState) -> Fit:
+        """Reads the memory plan."""
+        memory = compiled.memory_analysis()
+        peak, host = (
+            getattr(memory, f"{where}argument_size_in_bytes")
+            + getattr(memory, f"{where}temp_size_in_bytes")
+            + getattr(memory, f"{where}output_size_in_bytes")
+            - getattr(memory, f"{where}alias_size_in_bytes")
+            for where in ("", "host_")
+        )
+        moved = state_bytes(state)["pinned_host"]
+        if moved and not host:  # a CPU counts everything as its own
+            peak, host = peak - moved, moved
+        return cls(compiled, state_budget, state, peak, host)
+
+
+def abstract_run(
+    config: config_dict.ConfigDict, device: Any, state_budget: int | None = None
+) -> AbstractRun:
+    """Builds what `train` builds, from shapes alone.
+
+    Args:
+        config: a whole configuration; data are not needed.
+        device: a `jax.Device`, or what stands for one (`GpuTarget.device`).
+        state_budget: bytes of optimizer state on the device; None: all of it.
+
+    Raises:
+        ConfigError: a field cannot be used.
+        UserError: the model's shape is nowhere to be found.
+    """
+    config_lib.validate(config)
+    spec = config.model.path
+    shape = model_shape(spec) or read_config(open_checkpoint(resolve_path(spec, kind="model")))
+    dtype, _ = choose_compute_dtype(config.model.compute_dtype, device)
+    options = model_options(config, device)
+    model = nnx.eval_shape(
+        lambda: Llama(shape, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, **options)
+    )
+    graphdef, lora, frozen = split_model(adapt_model(model, config))
+    tx, _ = build_optimizer(config, config.train.steps or 2**20, state_budget)
+    state = eval_placed(lambda lora: init_state(lora, tx, config.seed), lora)
+    step = make_train_step(graphdef, tx, loss_fn=build_loss(config))
+    return AbstractRun(shape, step, state, frozen, abstract_batch(config))
+
+
+def abstract_batch(
+    config: config_dict.ConfigDict, length: int | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A step's batch of rows of `length` tokens (None: the longest), without values."""
+    train = config.train
+    shape = (train.grad_accum, train.batch_size, length or config.data.max_len)
+    names = ("tokens", "loss_mask", "segment_ids", "positions")
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+
+
+def fit_state(compile_step: Callable[[int | None], Fit], budget: int | None) -> Fit:
+    """Compiles a step with as much of the optimizer's state on the device as fits.
+
+    Args:
+        compile_step: compiles it for so many bytes of state on the device (None: all).
+        budget: device memory in bytes; None: no limit is known.
+
+    Returns:
+        The step with the most state on the device, or, where none fits, with the least.
+    """
+    everything = compile_step(None)
+    if budget is None or everything.peak_bytes <= budget:
+        return everything
+    nothing = compile_step(0)
+    room = budget - nothing.peak_bytes
+    if room < _LEAST_ROOM:
+        return nothing
+    some = compile_step(room)
+    return some if some.peak_bytes <= budget else nothing
+
+
+def smaller_settings(config: config_dict.ConfigDict) -> Iterator[dict[str, Any]]:
+    """Settings that need less and less memory.
+
+    First those that leave the result of a step as it is (recomputation, smaller microbatches), then
+    the adapters' precision, then fewer rows a step, and at last shorter rows.
+    """
+    changes: dict[str, Any] = {}
+    if config.model.remat not in ("auto", "full", "offload"):
+        changes["model.remat"] = "full"
+        yield dict(changes)
+    if config.train.batch_size > 1:
+        changes["train.batch_size"] = 1
+        changes["train.grad_accum"] = config.train.grad_accum * config.train.batch_size
+        yield dict(changes)
+    if config.lora.dtype == "float32":
+        changes["lora.dtype"] = "bfloat16"
+        yield dict(changes)
+    if config.train.grad_accum * config.train.batch_size > 1:
+        changes["train.grad_accum"] = 1  # without a second tree of gradients
+        yield dict(changes)
+    length = config.data.max_len
+    while length > 256:
+        length //= 2
+        changes["data.max_len"] = length
+        yield dict(changes)
+
+
+def find_settings(
+    config: config_dict.ConfigDict,
+    compile_run: Callable[[config_dict.ConfigDict, int | None], Fit],
+    budget: int,
+) -> dict[str, Any]:
+    """The first of `smaller_settings` that fits, compiled; empty where none does.
+
+    Args:
+        config: of the run that does not fit.
+        compile_run: compiles a configuration's step, as `fit_state` wants it.
+        budget: device memory in bytes.
+    """
+    for changes in smaller_settings(config):
+        other = config_dict.ConfigDict(config)
+        other.update_from_flattened_dict(changes)
+        if compile_run(other, 0).peak_bytes <= budget:
+            return changes
+    return {}
+
+
+def as_flags(changes: dict[str, Any]) -> str:
+    """Settings as they are given on a command line.
+
+    >>> as_flags({"train.batch_size": 1, "lora.dtype": "bfloat16"})
+    '--config.train.batch_size=1 --config.lora.dtype=bfloat16'
+    """
+    return " ".join(f"--config.{field}={value}" for field, value in changes.items())

@@ -1,0 +1,266 @@
+"""The compiled steps of a run, one for each length of rows, and where the optimizer's state lies.
+
+A batch of longer rows needs more memory: a spike. Each length has a step of its own, compiled with
+as much of the optimizer's state on the device as fits beside its activations. Before a batch whose
+step wants the state elsewhere, the state is moved; after the spike it comes back.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, PyTree
+from ml_collections import config_dict
+
+from qlora_jax import errors
+from qlora_jax.memory_limits import host_limits
+from qlora_jax.metrics import device_memory
+from qlora_jax.optim.paged import check_paging, eval_placed, state_bytes
+from qlora_jax.report import Report, format_bytes
+from qlora_jax.training.building import build_optimizer
+from qlora_jax.training.fitting import (
+    Fit,
+    abstract_batch,
+    abstract_run,
+    as_flags,
+    find_settings,
+    fit_state,
+)
+from qlora_jax.training.step import (
+    Batch,
+    LossFn,
+    TrainState,
+    compile_step,
+    init_state,
+    make_train_step,
+)
+
+
+def device_budget(config: config_dict.ConfigDict, device: jax.Device) -> int | None:
+    """Bytes of the device's memory that a step may take; None: no limit is known.
+
+    Args:
+        config: `optimizer.device_budget_gb` is a limit of its own.
+        device: that the run is on.
+    """
+    limits = [int(config.optimizer.device_budget_gb * 1e9)]
+    if memory := device_memory(device):
+        limits.append(memory["bytes_limit"])
+    return min((limit for limit in limits if limit), default=None)
+
+
+class Steps:
+    """Calls the step that was compiled for a batch's length.
+
+    Attributes:
+        fits: by length, ascending.
+        least: abstract state with as much of it in the host's memory as in any of the fits.
+    """
+
+    def __init__(
+        self,
+        config: config_dict.ConfigDict,
+        graphdef: nnx.GraphDef,
+        lora: PyTree,
+        frozen: nnx.State,
+        *,
+        lengths: list[int],
+        total_steps: int,
+        loss_fn: LossFn,
+        report: Report,
+    ):
+        """Compiles.
+
+        Args:
+            config: a whole configuration.
+            graphdef: of the model in training mode.
+            lora: its trainable parameters.
+            frozen: the others.
+            lengths: of rows, ascending.
+            total_steps: of the run, for the learning rate.
+            loss_fn: see `make_train_step`.
+            report: where moves are told.
+
+        Raises:
+            TrainingError: the step does not fit into the device's or the host's memory.
+        """
+        self._config, self._graphdef, self._frozen = config, graphdef, frozen
+        self._lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
+        self._total_steps, self._loss_fn, self._report = total_steps, loss_fn, report
+        self._device = jax.devices()[0]
+        self._budget = device_budget(config, self._device)
+        self.fits = {
+            length: fit_state(functools.partial(self._compile, length), self._budget)
+            for length in lengths
+        }
+        for length, fit in self.fits.items():
+            self._check(length, fit)
+        if config.optimizer.check_paging and any(fit.pages for fit in self.fits.values()):
+            self._check_paging()
+
+    @property
+    def longest(self) -> Fit:
+        """The step that needs most."""
+        return max(self.fits.values(), key=lambda fit: fit.peak_bytes + fit.host_bytes)
+
+    def describe(self) -> list[str]:
+        """Where the memory of the steps is, for a reader; a line a length of rows."""
+        lines = []
+        for length, fit in self.fits.items():
+            line = f"rows of {length} tokens: {format_bytes(fit.peak_bytes)} of device memory"
+            if self._budget is not None:
+                line += f" (there are {format_bytes(self._budget)})"
+            moved = state_bytes(fit.state.opt_state)["pinned_host"]
+            if moved:
+                line += f"; in the host's {format_bytes(moved)} of optimizer state, read and "
+                line += "written once a step"
+            if fit.host_bytes > moved:
+                line += f"; in the host's {format_bytes(fit.host_bytes - moved)} of activations"
+            lines.append(line)
+        return lines
+
+    def _compile(self, length: int, state_budget: int | None) -> Fit:
+        tx, _ = build_optimizer(self._config, self._total_steps, state_budget)
+        state = eval_placed(lambda lora: init_state(lora, tx, self._config.seed), self._lora)
+        step = make_train_step(self._graphdef, tx, loss_fn=self._loss_fn)
+        batch = abstract_batch(self._config, length)
+        return Fit.of(compile_step(step, state, self._frozen, batch), state_budget, state)
+
+    def _check(self, length: int, fit: Fit) -> None:
+        """Refuses a step that cannot run, before anything is allocated for it."""
+        if self._budget is not None and fit.peak_bytes > self._budget:
+            changes = find_settings(self._config, self._compile_other, self._budget)
+            remedy = f"It would fit with {as_flags(changes)}" if changes else "Take a larger device"
+            raise errors.TrainingError(
+                f"a step with rows of {length} tokens needs {format_bytes(fit.peak_bytes)} of "
+                f"device memory with all that can be paged in the host's, and there are "
+                f"{format_bytes(self._budget)}. {remedy}"
+            )
+        for name, limit in host_limits(pinned=self._device.platform == "gpu").items():
+            if fit.host_bytes > limit:
+                raise errors.TrainingError(
+                    f"{format_bytes(fit.host_bytes)} of the optimizer's state and activations "
+                    f"belong into the host's memory, and {name} leaves {format_bytes(limit)}. Free "
+                    "or raise it, or take smaller adapters (--config.lora.rank)"
+                )
+
+    def _check_paging(self) -> None:
+        """Refuses a device on which paging changes the result."""
+
+        def make(state_budget: int | None) -> optax.GradientTransformation:
+            return build_optimizer(self._config, self._total_steps, state_budget)[0]
+
+        if not check_paging(make):
+            raise errors.TrainingError(
+                "this device and this version of JAX compute other values from optimizer state in "
+                "the host's memory than from state on the device, so a run whose state does not "
+                "fit would be wrong. Take another version of JAX, or settings whose state fits: "
+                "--config.optimizer.name=adamw8bit, or a smaller --config.lora.rank"
+            )
+
+    def _compile_other(self, config: config_dict.ConfigDict, state_budget: int | None) -> Fit:
+        run = abstract_run(config, self._device, state_budget)
+        compiled = compile_step(run.step, run.state, run.frozen, run.batch)
+        return Fit.of(compiled, state_budget, run.state)
+
+    def start(self, lora: PyTree) -> TrainState:
+        """The state before the first step, where the longest rows want it."""
+        tx, _ = build_optimizer(self._config, self._total_steps, self.longest.state_budget)
+        state = init_state(lora, tx, self._config.seed)
+        return place(state, self.longest.state, self._device)
+
+    def restored_like(self) -> TrainState:
+        """What to restore a checkpoint into: the state where the longest rows want it."""
+        return place_abstract(self.longest.state, self._device)
+
+    def __call__(
+        self, state: TrainState, frozen: nnx.State, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """One step, see `make_train_step`; its metrics say where its memory is."""
+        length = batch["tokens"].shape[-1]
+        fit = self.fits[length]
+        state = place(state, fit.state, self._device)
+        while True:
+            try:
+                state, metrics = fit.compiled(state, frozen, batch)
+                break
+            except jax.errors.JaxRuntimeError as error:
+                fit = self._evict(length, state, error)  # once; then it raises
+                state = place(state, fit.state, self._device)
+        where = state_bytes(fit.state.opt_state)
+        plan = {
+            "step_device_bytes": fit.peak_bytes,
+            "optimizer_device_bytes": where["device"],
+            "optimizer_host_bytes": where["pinned_host"],
+        }
+        return state, {**metrics, **plan}
+
+    def _evict(self, length: int, state: TrainState, error: Exception) -> Fit:
+        """Plans a length anew after its step found less memory than there was to be.
+
+        Something else may take memory of the device: another process, a display, fragments. Once,
+        all state that can goes to the host.
+
+        Raises:
+            TrainingError: that is where it is already, or the state is lost: the step had begun.
+        """
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise error
+        begun = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        if begun or self.fits[length].state_budget == 0:
+            budget = int(0.9 * self.fits[length].peak_bytes)
+            changes = find_settings(self._config, self._compile_other, budget)
+            remedy = f"Continue with {as_flags(changes)}" if changes else "Take a larger device"
+            raise errors.TrainingError(
+                f"the device ran out of memory in a step with rows of {length} tokens, planned at "
+                f"{format_bytes(self.fits[length].peak_bytes)}; does another process use it? "
+                f"{remedy}. What was saved last is as it was.\n  {str(error).splitlines()[0]}"
+            ) from error
+        self.fits[length] = fit = self._compile(length, 0)
+        self._check(length, fit)
+        moved = state_bytes(fit.state.opt_state)["pinned_host"]
+        self._report.line(
+            f"out of device memory with rows of {length} tokens: {format_bytes(moved)} of the "
+            "optimizer's state move to the host, and the step is taken again",
+            style="yellow",
+        )
+        return fit
+
+
+def place_abstract(like: TrainState, device: jax.Device) -> TrainState:
+    """Abstract state with a sharding on every leaf: on the device, or in the host's memory."""
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = SingleDeviceSharding(device, memory_kind=_kind(leaf))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, like)
+
+
+def place(state: TrainState, like: TrainState, device: jax.Device) -> TrainState:
+    """Moves what lies in another memory than `like` says, leaf by leaf.
+
+    Args:
+        state: arrays; those that move are deleted, so that at most one of them is there twice.
+        like: the same tree, abstract.
+        device: of both.
+    """
+
+    def placed(leaf: Array, wanted: Any) -> Array:
+        sharding = SingleDeviceSharding(device, memory_kind=_kind(wanted))
+        found = jax.device_put(leaf, sharding)
+        if leaf.sharding.memory_kind != sharding.memory_kind:
+            jax.block_until_ready(found)
+            leaf.delete()  # JAX donates within one memory only
+        return found
+
+    return jax.tree.map(placed, state, like)
+
+
+def _kind(leaf: Any) -> str:
+    return getattr(getattr(leaf, "sharding", None), "memory_kind", None) or "device"
