@@ -40,6 +40,8 @@ from qlora_jax.estimating import estimate as estimate
 from qlora_jax.generation import generate as generate
 from qlora_jax.loading import load_model as load_model
 from qlora_jax.packed_checkpoint import quantize_checkpoint as quantize_checkpoint
+from qlora_jax.peft import load_adapter as load_adapter
+from qlora_jax.peft import save_adapter as save_adapter
 from qlora_jax.planning import Plan as Plan
 from qlora_jax.planning import plan as plan
 from qlora_jax.training import TrainResult as TrainResult

@@ -1,7 +1,8 @@
-"""Lets a model answer: the newest adapter of a run on its base, or a model without adapter.
+"""Lets a model answer: the newest adapter of a run on its base, or a model, or one of PEFT on it.
 
     python scripts/generate.py --workdir=runs/quickstart --prompt "What is the capital of France?"
     python scripts/generate.py --model=models/llama --prompt "Why?" --prompt "How?" --top_p=0.9
+    python scripts/generate.py --model=models/llama --adapter=adapters/mine --prompt "Why?"
 
 A prompt is one user's turn in the model's chat template; with --raw it is continued as it is.
 """
@@ -12,12 +13,14 @@ from qlora_jax import command_line
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.generation import generate
 from qlora_jax.loading import load_model
+from qlora_jax.peft import load_adapter
 from qlora_jax.training import load_trained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run: its base and newest adapter")
 _MODEL = flags.DEFINE_string(
     "model", None, "a model without adapter: a folder, a GGUF file, or package:<name>/<file>"
 )
+_ADAPTER = flags.DEFINE_string("adapter", None, "with --model: the folder of a PEFT LoRA adapter")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "what to answer; can be given several times")
 _RAW = flags.DEFINE_bool("raw", False, "continue the prompt as it is, without the chat template")
 _QUANT_TYPE = flags.DEFINE_enum(
@@ -48,6 +51,11 @@ def main() -> None:
         raise ConfigError(
             "give either --workdir=runs/name (with adapter) or --model=path (without)"
         )
+    if _ADAPTER.value is not None and _MODEL.value is None:
+        raise ConfigError(
+            "--adapter goes onto a --model; a --workdir has an adapter of its own. Give "
+            "--model=path, the base of the adapter, instead"
+        )
     if not _PROMPT.value:
         raise ConfigError('nothing to answer; give --prompt "..."')
     if _WORKDIR.value is not None:
@@ -55,6 +63,8 @@ def main() -> None:
     else:
         quant_type = None if _QUANT_TYPE.value == "none" else _QUANT_TYPE.value
         model, tokenizer = load_model(_MODEL.value, quant_type=quant_type)
+        if _ADAPTER.value is not None:
+            model = load_adapter(model, _ADAPTER.value)
     if not _RAW.value and tokenizer.chat_template is None:
         raise DataError(
             "this model has no chat template; add --raw to continue the prompt as it is"

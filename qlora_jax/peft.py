@@ -1,0 +1,237 @@
+"""LoRA adapters of PEFT, in both directions and without torch.
+
+PEFT keeps A [r, in] and B [out, r] of every layer by itself; here the layers of a projection are
+one stack, A [L, in, r] and B [L, r, out] with one alpha. So projections may differ in rank and
+alpha, and where the layers of *one* projection do (PEFT's `rank_pattern`, `alpha_pattern`,
+`layers_to_transform`), smaller ranks are filled up with zeros, which adds exact zeros, layers
+without an adapter are all zeros, and what a layer's scaling differs by from the stack's is
+multiplied into its B. The result is the same function, but for the rounding of that product to
+float32.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax.errors import ConfigError
+from qlora_jax.files import resolve_path
+from qlora_jax.flax_nnx import apply_qlora, linear_paths
+from qlora_jax.lora import lora_scaling
+from qlora_jax.nnx_linear import QLoRALinear
+from qlora_jax.tree import join_path
+from qlora_jax.weights import Slot
+from qlora_jax.weights.names import find_slot, tensor_name
+from qlora_jax.weights.peft import open_adapter, read_adapter_tensor, tensor_names, write_adapter
+from qlora_jax.weights.peft_config import PeftConfig
+from qlora_jax.weights.safetensors import Entry
+
+Entries = Mapping[str, tuple[Entry, Entry]]
+
+
+def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
+    """A copy of a model with the LoRA adapter of a PEFT folder on it.
+
+    Args:
+      model: of `load_model`, in 4 bits or not, without adapters; it stays as it is.
+      path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+      The model in evaluation mode. Adapters have the dtype that they have in the file, float32
+      where a difference in scaling was multiplied in, and the dropout of the file (which
+      `model.train()` switches on).
+
+    Raises:
+      UserError: there is nothing at `path`.
+      ConfigError: the model has adapters already, or is of no family that PEFT has names for.
+      WeightsError: the adapter is not plain LoRA (DoRA, other methods, whole layers, biases), is a
+        pickle, is damaged, or does not fit the model.
+
+    Example:
+      >>> model = load_adapter(model, "my-adapter")  # doctest: +SKIP
+    """
+    folder = resolve_path(str(path))
+    modules = _linears(model)
+    if adapted := [place for place, linear in modules.items() if linear.rank]:
+        raise ConfigError(
+            f"the model has adapters already ({', '.join(adapted)}), and a second one cannot "
+            "be put on top; load the model anew, or merge them first (merge_model)."
+        )
+    names = {place: _module_names(place, linear) for place, linear in modules.items()}
+    sizes = {
+        name: (modules[place].in_features, modules[place].out_features)
+        for place in modules
+        for name in names[place]
+    }
+    config, entries = open_adapter(folder, sizes)
+    stacks = {
+        place: _read_stack(names[place], linear, config, entries)
+        for place, linear in modules.items()
+        if not entries.keys().isdisjoint(names[place])
+    }
+    groups = defaultdict(list)
+    for place, stack in stacks.items():
+        groups[stack.rank, stack.alpha].append(place)
+    rngs = nnx.Rngs(0)
+    for (rank, alpha), paths in groups.items():
+        model = apply_qlora(
+            model,
+            where="|".join(re.escape(place) for place in paths),
+            rank=rank,
+            alpha=alpha,
+            dropout=config.dropout,
+            use_rslora=config.use_rslora,
+            quant_type=None,
+            rngs=rngs,
+        )
+    for place, linear in _linears(model).items():
+        if place in stacks:
+            linear.lora_a = nnx.LoRAParam(jnp.asarray(stacks[place].a))
+            linear.lora_b = nnx.LoRAParam(jnp.asarray(stacks[place].b))
+    model.eval()
+    return model
+
+
+def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str) -> pathlib.Path:
+    """Writes the adapters of a model as `peft.PeftModel.from_pretrained` reads them.
+
+    Args:
+      model: with adapters, of `load_trained`, `load_adapter`, or `apply_qlora` on one of
+        `load_model`.
+      path: a new folder; it is there whole or not at all.
+      base_model: what the adapter belongs on, a name on the Hugging Face Hub or a folder; PEFT's
+        `base_model_name_or_path`.
+
+    Returns:
+      `path`.
+
+    Raises:
+      ConfigError: the model has no adapter, or one in a layer that PEFT has no name for.
+      WeightsError: the folder is not empty or cannot be written; an adapter holds NaN or infinity.
+
+    Example:
+      >>> save_adapter(model, "my-adapter", base_model="owner/name")  # doctest: +SKIP
+    """
+    folder = pathlib.Path(path).expanduser()
+    adapted = {place: linear for place, linear in _linears(model).items() if linear.rank}
+    if not adapted:
+        raise ConfigError(
+            "the model has no adapter, so there is nothing to write; give one that apply_qlora, "
+            "load_adapter or load_trained returned."
+        )
+    tensors: dict[str, tuple[tuple[int, int], np.dtype]] = {}
+    values: dict[str, Callable[[], Any]] = {}
+    for place, linear in adapted.items():
+        adapter = linear.adapter
+        for layer, module in enumerate(_module_names(place, linear)):
+            index = (layer,) if linear.leading_shape else ()
+            for name, matrix in zip(tensor_names(module), adapter.values(), strict=True):
+                rows, columns = matrix.shape[-2:]
+                tensors[name] = (columns, rows), np.dtype(matrix.dtype)
+                values[name] = lambda matrix=matrix, index=index: np.asarray(matrix[index]).T
+    config = _peft_config(adapted) | {"base_model_name_or_path": base_model}
+    write_adapter(folder, config, tensors, lambda name: values[name]())
+    return folder
+
+
+def _linears(model: nnx.Module) -> dict[str, QLoRALinear]:
+    """The linear layers by path; those without an adapter may be views of the model's own."""
+    paths = set(linear_paths(model))
+    return {
+        name: node if isinstance(node, QLoRALinear) else QLoRALinear.from_linear(node)
+        for path, node in nnx.iter_graph(model)
+        if (name := join_path(path)) in paths
+    }
+
+
+def _module_names(place: str, linear: QLoRALinear) -> list[str]:
+    """The Hugging Face name of each layer of a stack, or of the one layer that is in none."""
+    leading = linear.leading_shape
+    names = []
+    for layer in range(leading[0]) if leading else (None,):
+        slot = Slot(f"{place}/kernel", layer)
+        name = tensor_name(slot, "hf")
+        if find_slot(name, "hf") != slot:
+            raise ConfigError(
+                f"{place} has no name in PEFT; adapters can be exchanged for the models that "
+                "load_model makes (Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3)."
+            )
+        names.append(name.removesuffix(".weight"))
+    return names
+
+
+class _Stack(NamedTuple):
+    """The adapter of all layers of a projection."""
+
+    a: np.ndarray
+    b: np.ndarray
+    rank: int
+    alpha: float
+
+
+def _read_stack(
+    names: list[str], linear: QLoRALinear, config: PeftConfig, entries: Entries
+) -> _Stack:
+    """Reads the layers of one projection into one array; see the module."""
+    held = [name for name in names if name in entries]
+    ranks = {name: config.rank_of(name) for name in held}
+    scalings = {
+        name: lora_scaling(ranks[name], config.alpha_of(name), config.use_rslora) for name in held
+    }
+    rank, alpha = max(ranks.values()), config.alpha_of(held[0])
+    scaling = max(scalings.values(), key=abs)
+    if set(scalings.values()) != {lora_scaling(rank, alpha, config.use_rslora)}:
+        alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
+    dtypes = [jnp.result_type(*(entries[name][i].dtype for name in held)) for i in (0, 1)]
+    if len(set(scalings.values())) > 1:
+        dtypes[1] = np.float32
+    a = np.zeros((len(names), linear.in_features, rank), dtypes[0])
+    b = np.zeros((len(names), rank, linear.out_features), dtypes[1])
+    for name in held:
+        layer, (name_a, name_b) = names.index(name), tensor_names(name)
+        a[layer, :, : ranks[name]] = read_adapter_tensor(entries[name][0], name_a).T
+        value = read_adapter_tensor(entries[name][1], name_b).T
+        if scalings[name] != scaling:
+            value = value.astype(np.float32) * np.float32(scalings[name] / scaling)
+        b[layer, : ranks[name]] = value
+    leading = linear.leading_shape
+    return _Stack(a.reshape(*leading, *a.shape[1:]), b.reshape(*leading, *b.shape[1:]), rank, alpha)
+
+
+def _peft_config(adapted: Mapping[str, QLoRALinear]) -> dict[str, Any]:
+    """The `adapter_config.json`; what most projections share is the default of its patterns."""
+    rsloras = {linear.use_rslora for linear in adapted.values()}
+    use_rslora = rsloras == {True}
+    ranks, alphas = {}, {}
+    for path, linear in adapted.items():
+        name = path.rpartition("/")[2]
+        alpha = linear.alpha
+        if linear.use_rslora and not use_rslora:  # mixed: each says its scaling as alpha / rank
+            alpha = lora_scaling(linear.rank, alpha, True) * linear.rank
+        ranks[name], alphas[name] = linear.rank, int(alpha) if alpha == int(alpha) else alpha
+    rank, alpha = (max(d.values(), key=list(d.values()).count) for d in (ranks, alphas))
+    return {
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": max(linear.dropout for linear in adapted.values()),
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "target_modules": sorted(ranks),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": use_rslora,
+    }
