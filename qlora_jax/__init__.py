@@ -48,5 +48,10 @@ from qlora_jax.training import TrainResult as TrainResult
 from qlora_jax.training import load_trained as load_trained
 from qlora_jax.training import train as train
 
+# Which model is better, by judges' verdicts
+from qlora_jax.evaluation import bradley_terry as bradley_terry
+from qlora_jax.evaluation import elo_ratings as elo_ratings
+from qlora_jax.evaluation import read_ratings as read_ratings
+
 # What goes wrong by the user's hand
 from qlora_jax.errors import UserError as UserError
