@@ -3,7 +3,8 @@
 `dequantize`: 4-bit weights to dense ones, against bitsandbytes, in turns. `train`: SmolLM2-135M,
 batch 4 x 256 tokens of real text, rank 64 on every linear layer, full optimizer steps; each run is
 a process of its own, ours and the rival's in turns, all on the same cores. The rival is measured in
-three settings and compared in its fastest. `loading`: see scripts/bench_loading.py.
+three settings and compared in its fastest. `loading` and `paging`: see scripts/bench_loading.py and
+scripts/bench_paging.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import bench_loading
 import bench_ours
+import bench_paging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,7 @@ from qlora_jax.quantized import dequantize, quantize
 from qlora_jax.training.card import versions
 
 CACHE = ROOT / "benchmarks" / ".cache"
-PARTS = ("dequantize", "train", "loading")
+PARTS = ("dequantize", "train", "loading", "paging")
 RIVAL_SETTINGS = {
     "bfloat16": ["--dtype=bfloat16"],
     "float32": ["--dtype=float32"],
@@ -281,4 +283,9 @@ def run(
         summary = bench_loading.summarize(samples)
         bench_loading.print_table(samples, summary, console)
         result["loading"] = {"summary": summary, "samples": samples}
+    if "paging" in parts:
+        samples = bench_paging.bench(console)
+        summary = bench_paging.summarize(samples)
+        bench_paging.print_table(summary, console)
+        result["paging"] = {"summary": summary, "samples": samples}
     return result

@@ -19,6 +19,7 @@ SHAPES = {"a": (8, 64, 400), "b": (8, 400, 64), "c": (4, 30_000), "same": (8, 64
 INNER = {
     "adamw": lambda: optax.adamw(1e-3, weight_decay=0.01),
     "adamw on a schedule": lambda: optax.adamw(optax.linear_schedule(1e-2, 0.0, 60)),
+    "adamw in 8 bits": lambda: ql.adamw8bit(1e-3),
     "lion": lambda: optax.lion(1e-3),
     "sgd with momentum": lambda: optax.sgd(1e-2, momentum=0.9),
     "adamw without decay of c": lambda: optax.adamw(

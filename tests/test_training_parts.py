@@ -196,6 +196,17 @@ def test_which_fields_may_change_between_two_parts_of_a_run(tmp_path):
     assert "steps" not in str(error.value)
 
 
+def test_a_field_that_a_run_of_an_older_version_lacks_had_the_bases_value(tmp_path):
+    old, config = config_lib.get_config().to_dict(), config_lib.get_config()
+    del old["lora"]["use_rslora"]
+    workdir = Workdir(tmp_path)
+    workdir.write_json("config.json", old)
+    workdir.check_config(config.to_dict())
+    config.lora.use_rslora = True
+    with pytest.raises(ConfigError, match="lora.use_rslora: was False, is True"):
+        workdir.check_config(config.to_dict())
+
+
 @pytest.fixture
 def small(tmp_path):
     model = tiny_run.write_model(tmp_path / "model")

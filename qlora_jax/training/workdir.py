@@ -26,10 +26,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qlora_jax.config import get_config
 from qlora_jax.errors import ConfigError, TrainingError
 
-# Sections and fields that do not make it another run.
-# How long, what is printed and kept, in which memory: none of it changes what is computed.
+# Sections and fields that do not make it another run: how long, what is printed and kept, and in
+# which memory.
 _MAY_CHANGE = (
     "train.steps",
     "train.epochs",
@@ -154,6 +155,9 @@ class Workdir:
             ConfigError: naming every field that differs, with both values.
         """
         before, now = _flatten(self.read_json("config.json") or config), _flatten(config)
+        # A run of an older version lacks the fields that came later: it had what they are now.
+        base = _flatten(get_config().to_dict())
+        before = {name: base[name] for name in now if name in base} | before
         changed = [
             f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
             for name in sorted({**before, **now})
