@@ -227,6 +227,7 @@ def compile_for(
     """
     if isinstance(target, str):
         target = find_target(target)
+    _cpu()  # raises where it is left out
     if not can_compile():  # tracing alone may ask for cuDNN, which comes with it
         raise TargetError(NO_PLUGIN)
     return compile_lowered(lower_for(function, *args, target=target, **keywords), target, options)

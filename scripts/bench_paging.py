@@ -56,7 +56,7 @@ def bench(console: Console) -> dict[str, Any]:
     settings = config.get_config()
     settings.model.path, settings.data.path = bench_ours.MODEL, bench_ours.DATA
     shapes = abstract_run(settings, jax.devices()[0]).state.lora
-    keys = nnx.RngStream("params", 0)
+    keys = nnx.Rngs(0).params
     params = jax.tree.map(lambda x: 0.01 * jax.random.normal(keys(), x.shape, x.dtype), shapes)
     calls = {way: _update(way, params) for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
