@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_packing import make_examples
 
-from qlora_jax.data.batches import BatchIterator, eval_batches, permutation, row_lengths, split
+from qlora_jax.data.batches import BatchIterator, eval_batches
 from qlora_jax.data.masking import Example
+from qlora_jax.data.row_order import permutation, row_lengths, split
 from qlora_jax.errors import DataError
 
 LENGTHS = [9, 3, 4, 7, 2, 5, 8, 6, 3, 2, 4]
@@ -93,15 +94,15 @@ def test_resuming_in_the_middle_of_an_epoch_with_another_batch_size_continues_at
 def test_order_changes_with_seed_and_epoch_and_nothing_else():
     assert_equal(take(make_iterator(), 4), take(make_iterator(), 4))
     orders = {
-        tuple(make_iterator(seed=seed, packing=False)._epoch_rows(epoch)[i][0] for i in range(11))
-        for seed in range(3)
+        tuple(order.row(11 * epoch + i)[0] for i in range(11))
+        for order in (make_iterator(seed=seed, packing=False)._order for seed in range(3))
         for epoch in range(3)
     }
     assert len(orders) == 9
 
 
 def test_the_order_is_pinned_across_versions():
-    assert permutation(8, seed=0, epoch=0) == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert permutation(8, seed=0, epoch=0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
 
 
 def test_a_set_smaller_than_a_batch_repeats_inside_it():
@@ -173,7 +174,7 @@ def test_a_grouped_batch_is_cut_to_the_shortest_row_that_holds_it():
 
 def test_chunks_of_a_grouped_epoch_are_sorted_longest_first():
     grouped, lengths = make_grouped(count=1000, batch_size=1, grad_accum=2)
-    found = [lengths[row[0]] for row in grouped._epoch_rows(0)]
+    found = [lengths[grouped._order.row(n)[0]] for n in range(1000)]
     for start in range(0, 1000, 100):  # 50 batches of two rows
         assert found[start : start + 100] == sorted(found[start : start + 100], reverse=True)
     assert found[:100] != sorted(lengths, reverse=True)[:100]

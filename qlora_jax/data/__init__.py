@@ -33,7 +33,7 @@ from qlora_jax.data.tokenizer import Tokenizer as Tokenizer
 from qlora_jax.data.batches import Batch as Batch
 from qlora_jax.data.batches import BatchIterator as BatchIterator
 from qlora_jax.data.batches import eval_batches as eval_batches
-from qlora_jax.data.batches import split as split
+from qlora_jax.data.row_order import split as split
 
 # Looking at it
 from qlora_jax.data.display import colored_tokens as colored_tokens

@@ -10,12 +10,12 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from qlora_jax.data.batches import permutation
 from qlora_jax.data.line_formats import LINE_FORMATS
+from qlora_jax.data.row_order import permutation
 from qlora_jax.data.sets import SETS
 from qlora_jax.errors import ConfigError
 
-_MIXTURE = 3  # a stream of random numbers of its own, see `batches`
+_MIXTURE = 3  # a stream of random numbers of its own, see `row_order`
 _PART = re.compile(r"\s*([\w-]+)\s*(?:=\s*(.+?)\s*)?(?:\*\s*([0-9.]+)\s*)?")
 
 
@@ -72,5 +72,5 @@ def repeat[Item](items: Sequence[Item], weight: float, seed: int) -> list[Item]:
     """
     whole, fraction = divmod(weight, 1)
     count = round(fraction * len(items))
-    chosen = sorted(permutation(len(items), seed, 0, _MIXTURE)[:count])
+    chosen = sorted(permutation(len(items), seed, 0, _MIXTURE)[:count].tolist())
     return list(items) * int(whole) + [items[i] for i in chosen]

@@ -9,9 +9,12 @@ packing, with grouping by length, and with neither.
 import dataclasses
 from collections.abc import Sequence
 
-from qlora_jax.data.batches import group_by_length, permutation, row_lengths
+import numpy as np
+from jaxtyping import Int
+
 from qlora_jax.data.masking import Example
 from qlora_jax.data.packing import best_fit_decreasing
+from qlora_jax.data.row_order import group_by_length, permutation, row_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,32 +81,30 @@ def summarize(examples: Sequence[Example], seq_len: int, rows: int = 16) -> Data
     Returns:
         The counts.
 
-    >>> import numpy as np
     >>> example = Example(np.arange(6), np.array([0, 0, 0, 1, 1, 1]), "a.jsonl:1")
     >>> stats = summarize([example, example, example], seq_len=12)
     >>> stats.packed_rows, stats.loss_share, stats.padding_share(stats.packed_rows * 12)
     (2, 0.5, 0.25)
     """
-    lengths = [len(example.tokens) for example in examples]
+    lengths = np.array([len(example.tokens) for example in examples], np.int64)
     return DataStats(
         examples=len(examples),
-        tokens=sum(lengths),
+        tokens=int(lengths.sum()),
         loss_tokens=sum(int(example.loss_mask.sum()) for example in examples),
-        longest=max(lengths, default=0),
+        longest=int(lengths.max(initial=0)),
         truncated=sum(example.truncated for example in examples),
         seq_len=seq_len,
-        packed_rows=len(best_fit_decreasing(lengths, seq_len)),
+        packed_rows=len(best_fit_decreasing(lengths.tolist(), seq_len)),
         grouped_positions=_grouped_positions(lengths, seq_len, rows),
         rows=rows,
     )
 
 
-def _grouped_positions(lengths: Sequence[int], seq_len: int, rows: int) -> int:
+def _grouped_positions(lengths: Int[np.ndarray, " N"], seq_len: int, rows: int) -> int:
     """Positions of the first epoch, as `BatchIterator` makes it."""
     order = group_by_length(permutation(len(lengths), seed=0, epoch=0), lengths, rows)
     batches = [order[start : start + rows] for start in range(0, len(order), rows)]
     allowed = row_lengths(seq_len)
     return sum(
-        len(batch) * next(n for n in allowed if n >= max(lengths[i] for i in batch))
-        for batch in batches
+        len(batch) * next(n for n in allowed if n >= lengths[batch].max()) for batch in batches
     )

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from qlora_jax import hub
-from qlora_jax.data import batches, masking, records
+from qlora_jax.data import masking, records, row_order
 from qlora_jax.data.data_files import find_files
 from qlora_jax.data.mixture import Source, parse_mixture, repeat
 from qlora_jax.data.overlap import drop_duplicates
@@ -126,7 +126,7 @@ def load_portions(config: config_dict.ConfigDict, report: DataReport) -> list[Po
     for source in data_sources(config):
         train, heldout = load(source.path, source.name, data.max_records), []
         if not data.eval_path:
-            train, heldout = batches.split(train, data.eval_fraction, config.seed)
+            train, heldout = row_order.split(train, data.eval_fraction, config.seed)
         portions.append(Portion(source, train, heldout))
     if evaluation:
         source = Source(data.name or data.format, data.eval_path)
