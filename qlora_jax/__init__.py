@@ -14,7 +14,7 @@ from qlora_jax.quantized import quantize_params as quantize_params
 
 # LoRA as pure functions
 from qlora_jax.lora import MergeError as MergeError
-from qlora_jax.lora import init_lora as init_lora
+from qlora_jax.lora_init import init_lora as init_lora
 from qlora_jax.lora import lora_matmul as lora_matmul
 from qlora_jax.lora import lora_scaling as lora_scaling
 from qlora_jax.lora import merge_lora as merge_lora

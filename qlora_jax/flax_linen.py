@@ -23,8 +23,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from qlora_jax.dora import init_magnitude
 from qlora_jax.errors import ConfigError
-from qlora_jax.lora import init_adapter, is_quantized, lora_matmul
+from qlora_jax.lora import is_quantized, lora_matmul
+from qlora_jax.lora_init import init_adapter
 from qlora_jax.quantized import matmul, quantize
 
 
@@ -61,7 +63,7 @@ def apply_qlora(
 
     Example:
         >>> import jax
-        >>> from qlora_jax.lora import init_lora
+        >>> from qlora_jax.lora_init import init_lora
         >>> model, x = nn.Dense(4), jnp.ones((2, 8))
         >>> params = model.init(jax.random.key(0), x)["params"]
         >>> lora = init_lora(jax.random.key(1), params, rank=2, where="kernel")
@@ -91,7 +93,11 @@ def apply_qlora(
             y = lora_matmul(
                 x,
                 weight,
-                {name: module.get_variable("params", name) for name in ("lora_a", "lora_b")},
+                {
+                    name: module.get_variable("params", name)
+                    for name in ("lora_a", "lora_b", "lora_magnitude")
+                    if module.has_variable("params", name)
+                },
                 alpha=alpha,
                 use_rslora=use_rslora,
                 dropout=dropout,
@@ -120,6 +126,7 @@ class QLoRADense(nn.Module):
         alpha: LoRA's alpha.
         dropout: on the adapter's input, while ``deterministic`` is False.
         use_rslora: divide alpha by sqrt(rank) rather than rank.
+        use_dora: learn the magnitude of each output as well; see ``qlora_jax.dora``.
         use_bias: add a bias.
         deterministic: switches dropout off.
         lora_dtype: of the adapter.
@@ -141,6 +148,7 @@ class QLoRADense(nn.Module):
     alpha: float = 16.0
     dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     use_bias: bool = True
     deterministic: bool = True
     lora_dtype: DTypeLike = jnp.float32
@@ -174,6 +182,13 @@ class QLoRADense(nn.Module):
             name: self.variable("lora", name, init_lora_matrix, name).value
             for name in ("lora_a", "lora_b")
         }
+        if self.use_dora:  # B is zero, so the scaling has no say yet
+            magnitude = self.variable(
+                "lora",
+                "lora_magnitude",
+                lambda: init_magnitude(kernel, *adapter.values(), 0.0, self.lora_dtype),
+            )
+            adapter["lora_magnitude"] = magnitude.value
         y = lora_matmul(
             x,
             kernel,

@@ -127,6 +127,7 @@ def apply_qlora(
     alpha: float = 16.0,
     dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
     lora_dtype: DTypeLike = jnp.float32,
     quant_type: str | None = "nf4",
     block_size: int = 64,
@@ -148,6 +149,7 @@ def apply_qlora(
         alpha: LoRA's alpha; see ``lora_scaling``.
         dropout: on the adapters' input, in training mode (``model.train()``, the initial one).
         use_rslora: divide alpha by sqrt(rank) rather than rank.
+        use_dora: learn the magnitude of each output as well; see ``qlora_jax.dora``.
         lora_dtype: of the adapters; the products run in the layer's compute dtype.
         quant_type: "nf4", "fp4", "int4", or None: adapters on a base that stays as it is.
         block_size: elements that share one absmax.
@@ -186,6 +188,8 @@ def apply_qlora(
         linear.add_adapter(
             rank=rank, alpha=alpha, use_rslora=use_rslora, dtype=lora_dtype, rngs=rngs
         )
+        if use_dora:
+            linear.add_magnitude()
     # After all adapters, so that these are the same with and without dropout.
     for linear in chosen.values() if dropout else ():
         linear.add_dropout(dropout, rngs)

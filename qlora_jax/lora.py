@@ -4,11 +4,12 @@ A frozen weight W [out, in] gets two small matrices, A [in, r] and B [r, out], a
 
     y = x @ W.T + (dropout(x) @ A) * s @ B,     s = alpha / r, or with rsLoRA alpha / sqrt(r)
 
-B starts at zero, so an adapted model first says exactly what its base says. A starts uniform in
-+-1/sqrt(in), which is PEFT's ``kaiming_uniform(a=sqrt(5))``.
+B starts at zero, so an adapted model first says exactly what its base says
+(``qlora_jax.lora_init``).
 
-The adapter of a weight is the dict ``{"lora_a": A, "lora_b": B}`` and lies in the adapter tree
-where the weight's *parent* lies in the parameters: ``lora["q_proj"]`` belongs to
+The adapter of a weight is the dict ``{"lora_a": A, "lora_b": B}``, with a third entry
+``"lora_magnitude"`` for DoRA (``qlora_jax.dora``), and lies in the adapter tree where the weight's
+*parent* lies in the parameters: ``lora["q_proj"]`` belongs to
 ``params["q_proj"]["kernel"]``. Stacked layers carry the same leading axes [*L, ...] on all arrays;
 ``jax.lax.scan`` or ``jax.vmap`` takes them off before ``lora_matmul`` sees them.
 
@@ -25,12 +26,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from qlora_jax.dora import adapted_norm, scale_outputs
 from qlora_jax.errors import ConfigError
 from qlora_jax.quantized import QuantizedTensor, dequantize, matmul, quantize
-from qlora_jax.tree import flatten_paths, join_path, key_parts, map_leading, matches
+from qlora_jax.tree import flatten_paths, join_path, key_parts, map_leading
 
 Adapter = dict[str, Array]
 
@@ -72,106 +73,6 @@ def lora_scaling(rank: int, alpha: float, use_rslora: bool = False) -> float:
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
-def init_adapter(
-    key: Key[Array, ""],
-    in_features: int,
-    out_features: int,
-    *,
-    rank: int,
-    leading_shape: tuple[int, ...] = (),
-    dtype: DTypeLike = jnp.float32,
-) -> Adapter:
-    """A new adapter for one weight: A uniform in +-1/sqrt(in_features), B zero.
-
-    Args:
-        key: PRNG key.
-        in_features: size of the layer's input.
-        out_features: size of its output.
-        rank: r, at least 1.
-        leading_shape: axes of stacked layers, put before both matrices.
-        dtype: of both.
-
-    Returns:
-        ``{"lora_a": [*L, in, r], "lora_b": [*L, r, out]}``.
-
-    Raises:
-        ConfigError: ``rank`` is not a positive whole number.
-
-    Example:
-        >>> adapter = init_adapter(jax.random.key(0), 8, 3, rank=2)
-        >>> jax.tree.map(jnp.shape, adapter)
-        {'lora_a': (8, 2), 'lora_b': (2, 3)}
-    """
-    lora_scaling(rank, 1.0)  # refuses a rank that is none
-    bound = 1.0 / math.sqrt(in_features)
-    shape_a = (*leading_shape, in_features, rank)
-    # Drawn in float32 so that the same key gives the same adapter, rounded, in every dtype.
-    a = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
-    b = jnp.zeros((*leading_shape, rank, out_features), dtype)
-    return {"lora_a": a.astype(dtype), "lora_b": b}
-
-
-def init_lora(
-    key: Key[Array, ""],
-    params: Any,
-    *,
-    rank: int,
-    where: str | None = None,
-    dtype: DTypeLike = jnp.float32,
-) -> dict[Any, Any]:
-    """Adapters for the weights of a parameter tree: the only trainable pytree.
-
-    Args:
-        key: PRNG key; each weight gets its own.
-        params: pytree whose leaves are arrays or ``QuantizedTensor``.
-        rank: r, at least 1.
-        where: regular expression for whole weight paths ("layers/q_proj/kernel"). None: every
-            ``QuantizedTensor``. With it, dense Flax kernels [*L, in, out] are adapted as well.
-        dtype: of the adapters.
-
-    Returns:
-        Nested dict with ``{"lora_a": [*L, in, r], "lora_b": [*L, r, out]}`` at the position of each
-        weight's parent. Only shapes of ``params`` are read, so ``jax.eval_shape`` works.
-
-    Raises:
-        ConfigError: nothing matches, a match is no matrix, or two matches share a parent.
-
-    Example:
-        >>> params = {"q_proj": {"kernel": jnp.ones((8, 4))}, "norm": {"scale": jnp.ones(8)}}
-        >>> lora = init_lora(jax.random.key(0), params, rank=2, where=".*_proj/kernel")
-        >>> jax.tree.map(jnp.shape, lora)
-        {'q_proj': {'lora_a': (8, 2), 'lora_b': (2, 4)}}
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
-    chosen = []
-    for key_path, leaf in leaves:
-        parts = key_parts(key_path)
-        if is_quantized(leaf) if where is None else matches(where, join_path(parts)):
-            chosen.append((parts, leaf))
-    if not chosen:
-        raise ConfigError(_nothing_to_adapt(params, where))
-    lora: dict[Any, Any] = {}
-    for index, (parts, leaf) in enumerate(chosen):
-        in_features, out_features, leading_shape = _matrix_shape(leaf, join_path(parts))
-        position = lora
-        for part in parts[:-1]:
-            position = position.setdefault(part, {})
-        if "lora_a" in position:
-            raise ConfigError(
-                f"where={where!r} matches two weights of the parent {join_path(parts[:-1])!r}; an "
-                "adapter lies at its weight's parent, so expected one. Narrow the expression."
-            )
-        position |= init_adapter(
-            jax.random.fold_in(key, index),
-            in_features,
-            out_features,
-            rank=rank,
-            leading_shape=leading_shape,
-            dtype=dtype,
-        )
-    return lora
-
-
 def lora_delta(
     x: Float[Array, "*B K"],
     lora: Adapter,
@@ -183,12 +84,12 @@ def lora_delta(
 ) -> Float[Array, "*B N"]:
     """What an adapter adds to its layer's output: ``(dropout(x) @ A) * s @ B``, in x's dtype.
 
-    Arguments and errors are those of ``lora_matmul``.
+    Arguments and errors are those of ``lora_matmul``. Magnitudes of DoRA, which scale the base's
+    output as well, are not looked at here.
 
     Example:
-        >>> adapter = init_adapter(jax.random.key(0), 8, 3, rank=2)
-        >>> lora_delta(jnp.ones((1, 8)), adapter)
-        Array([[0., 0., 0.]], dtype=float32)
+        >>> lora_delta(jnp.ones((1, 2)), {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 1))})
+        Array([[32.]], dtype=float32)
     """
     a, b = lora["lora_a"], lora["lora_b"]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != x.shape[-1] or a.shape[1] != b.shape[0]:
@@ -219,13 +120,14 @@ def lora_matmul(
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "*B N"]:
-    """An adapted linear layer: ``x @ W.T + (dropout(x) @ A) * s @ B``.
+    """An adapted linear layer: ``x @ W.T + (dropout(x) @ A) * s @ B``, with DoRA times ``m / n``.
 
     Args:
         x: input, floating point; its dtype is that of all products and of the result.
         w: the frozen weight (out, in): quantized (then it gets no gradient and the backward pass
             keeps its packed form only) or dense.
-        lora: ``{"lora_a": [in, r], "lora_b": [r, out]}``, any floating dtype.
+        lora: ``{"lora_a": [in, r], "lora_b": [r, out]}``, any floating dtype; for DoRA also
+            ``"lora_magnitude": [out]``.
         alpha: LoRA's alpha; the factor is ``lora_scaling(r, alpha, use_rslora)``.
         use_rslora: divide by sqrt(r) rather than r.
         dropout: probability with which an element of the adapter's input is zeroed; the rest is
@@ -246,7 +148,10 @@ def lora_matmul(
         Array([[6., 6.]], dtype=float32)
     """
     base = matmul(x, w) if is_quantized(w) else x @ w.astype(x.dtype).T
-    return base + lora_delta(x, lora, alpha=alpha, use_rslora=use_rslora, dropout=dropout, key=key)
+    y = base + lora_delta(x, lora, alpha=alpha, use_rslora=use_rslora, dropout=dropout, key=key)
+    if "lora_magnitude" not in lora:
+        return y
+    return scale_outputs(y, w, lora, lora_scaling(lora["lora_a"].shape[1], alpha, use_rslora))
 
 
 def merge_weight(
@@ -257,7 +162,7 @@ def merge_weight(
     use_rslora: bool = False,
     requantize: bool = False,
 ) -> tuple[QuantizedTensor | Float[Array, "*L K N"], MergeError]:
-    """Adds an adapter into one weight and measures the rounding this caused.
+    """Adds an adapter (also of DoRA) into one weight and measures the rounding this caused.
 
     Stacked weights are merged one layer after the other, so the float32 temporaries are those of a
     single matrix.
@@ -280,9 +185,8 @@ def merge_weight(
         >>> float(merged[0, 0]), float(error.max_abs)
         (0.5, 0.0)
     """
-    a, b = lora["lora_a"], lora["lora_b"]
-    scaling = lora_scaling(a.shape[-1], alpha, use_rslora)
-    return _merge_stack(w, a, b, scaling, requantize=requantize)
+    scaling = lora_scaling(lora["lora_a"].shape[-1], alpha, use_rslora)
+    return _merge_stack(w, lora, scaling, requantize=requantize)
 
 
 def merge_lora(
@@ -312,7 +216,7 @@ def merge_lora(
 
     Example:
         >>> params = {"q_proj": {"kernel": jnp.ones((4, 2))}}
-        >>> lora = init_lora(jax.random.key(0), params, rank=2, where=".*/kernel")
+        >>> lora = {"q_proj": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 2))}}
         >>> merged, report = merge_lora(params, lora, alpha=16)
         >>> bool((merged["q_proj"]["kernel"] == 1).all()), list(report)
         (True, ['q_proj/kernel'])
@@ -342,11 +246,14 @@ def merge_lora(
 
 
 @functools.partial(jax.jit, static_argnames="requantize")
-def _merge_stack(w: Any, a: Array, b: Array, scaling: float, *, requantize: bool) -> Any:
-    def merge_matrix(w, a, b):
+def _merge_stack(w: Any, lora: Adapter, scaling: float, *, requantize: bool) -> Any:
+    def merge_matrix(w, lora):
+        a, b = lora["lora_a"], lora["lora_b"]
         dense = dequantize(w, jnp.float32).T if is_quantized(w) else w.astype(jnp.float32)
         update = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
         exact = dense + update * scaling
+        if "lora_magnitude" in lora:
+            exact *= lora["lora_magnitude"] / adapted_norm(dense.T, a, b, scaling)
         if is_quantized(w) and requantize:
             merged = _quantize_like(w, exact.T)
             stored = dequantize(merged, jnp.float32).T
@@ -359,7 +266,7 @@ def _merge_stack(w: Any, a: Array, b: Array, scaling: float, *, requantize: bool
         relative = jnp.linalg.norm(difference) / norm
         return merged, MergeError(jnp.max(jnp.abs(difference)), relative)
 
-    return map_leading(merge_matrix, a.shape[:-2], w, a, b)
+    return map_leading(merge_matrix, lora["lora_a"].shape[:-2], w, lora)
 
 
 def _quantize_like(q: QuantizedTensor, w: Float[Array, "N K"]) -> QuantizedTensor:
@@ -372,8 +279,16 @@ def _quantize_like(q: QuantizedTensor, w: Float[Array, "N K"]) -> QuantizedTenso
     return dataclasses.replace(new, dtype=q.dtype)
 
 
-def _matrix_shape(leaf: Any, path: str) -> tuple[int, int, tuple[int, ...]]:
-    """(in_features, out_features, leading_shape) of a weight that is to be adapted."""
+def matrix_shape(leaf: Any, path: str) -> tuple[int, int, tuple[int, ...]]:
+    """(in_features, out_features, leading_shape) of a weight that is to be adapted.
+
+    Args:
+        leaf: an array or ``QuantizedTensor``.
+        path: what messages call it.
+
+    Raises:
+        ConfigError: it is no matrix.
+    """
     if is_quantized(leaf):
         return leaf.shape[-1], leaf.shape[-2], tuple(leaf.leading_shape)
     if leaf.ndim < 2:
@@ -388,18 +303,4 @@ def _fits(leaf: Any, adapter: Adapter) -> bool:
     if not is_quantized(leaf) and leaf.ndim < 2:
         return False
     *leading, in_features, _ = adapter["lora_a"].shape
-    return _matrix_shape(leaf, "") == (in_features, adapter["lora_b"].shape[-1], tuple(leading))
-
-
-def _nothing_to_adapt(params: Any, where: str | None) -> str:
-    leaves = flatten_paths(params, is_leaf=is_quantized)
-    matrices = [path for path, leaf in leaves.items() if is_quantized(leaf) or leaf.ndim >= 2]
-    if where is None:
-        return (
-            "the parameters hold no QuantizedTensor; quantize them first (quantize_params), or "
-            f"give where= for dense kernels. Matrices here: {', '.join(matrices) or 'none'}."
-        )
-    return (
-        f"where={where!r} matches no weight; expected a regular expression for a whole path "
-        f"(re.fullmatch). Matrices here: {', '.join(matrices) or 'none'}."
-    )
+    return matrix_shape(leaf, "") == (in_features, adapter["lora_b"].shape[-1], tuple(leading))

@@ -15,7 +15,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from qlora_jax.lora import init_adapter, is_quantized, lora_delta
+from qlora_jax.dora import init_magnitude, scale_outputs
+from qlora_jax.lora import is_quantized, lora_delta, lora_scaling
+from qlora_jax.lora_init import init_adapter
 from qlora_jax.quantized import QuantizedTensor, matmul, quantize
 
 
@@ -26,9 +28,9 @@ class QuantizedParam(nnx.Variable):
 class QLoRALinear(nnx.Module):
     """A linear layer with a frozen (4-bit or dense) kernel and, if ``rank > 0``, a LoRA adapter.
 
-    ``y = x @ W.T + (dropout(x) @ A) * s @ B + bias`` over the input axes ``axis``, as
-    ``nnx.LinearGeneral`` does; a plain linear contracts the last axis. Made by ``quantize_model``
-    and ``apply_qlora`` out of the model's own layers.
+    ``y = x @ W.T + (dropout(x) @ A) * s @ B + bias`` (with DoRA ``* m / n`` before the bias) over
+    the input axes ``axis``, as ``nnx.LinearGeneral`` does; a plain linear contracts the last axis.
+    Made by ``quantize_model`` and ``apply_qlora`` out of the model's own layers.
 
     Attributes:
         kernel: ``QuantizedParam`` with a tensor of shape (out_features, in_features), or the dense
@@ -36,6 +38,7 @@ class QLoRALinear(nnx.Module):
         bias: ``nnx.Param`` [*L, *out_shape] or None; frozen.
         lora_a: ``nnx.LoRAParam`` [*L, in_features, rank], None for rank 0.
         lora_b: ``nnx.LoRAParam`` [*L, rank, out_features], None for rank 0.
+        lora_magnitude: ``nnx.LoRAParam`` [*L, out_features], None without DoRA.
         in_features: number of input features, over all of ``axis``.
         out_features: number of output features.
         dtype: compute dtype. None: that of the input (with a dense kernel: of input and kernel,
@@ -84,6 +87,7 @@ class QLoRALinear(nnx.Module):
         self.precision = precision
         self.lora_a = nnx.data(None)
         self.lora_b = nnx.data(None)
+        self.lora_magnitude = nnx.data(None)
         self.rank, self.alpha, self.dropout, self.use_rslora = 0, 16.0, 0.0, False
         self.deterministic = False
         self.rngs = nnx.data(None)
@@ -117,7 +121,9 @@ class QLoRALinear(nnx.Module):
     @property
     def adapter(self) -> dict[str, Array]:
         """The adapter as ``qlora_jax.lora`` takes it. The layer must have one."""
-        return {"lora_a": self.lora_a.get_value(), "lora_b": self.lora_b.get_value()}
+        names = ("lora_a", "lora_b", "lora_magnitude")
+        variables = {name: getattr(self, name) for name in names}
+        return {k: v.get_value() for k, v in variables.items() if v is not None}
 
     @property
     def matrix_kernel(self) -> QuantizedTensor | Float[Array, "*L K N"]:
@@ -161,6 +167,16 @@ class QLoRALinear(nnx.Module):
         self.lora_a, self.lora_b = (nnx.LoRAParam(adapter[name]) for name in ("lora_a", "lora_b"))
         self.rank, self.alpha, self.use_rslora = rank, alpha, use_rslora
 
+    def add_magnitude(self) -> None:
+        """Makes the adapter one of DoRA that computes, for now, what it did without."""
+
+        def init(kernel, a, b):
+            scaling = lora_scaling(self.rank, self.alpha, self.use_rslora)
+            return init_magnitude(kernel, a, b, scaling, a.dtype)
+
+        adapter = self.lora_a.get_value(), self.lora_b.get_value()
+        self.lora_magnitude = nnx.LoRAParam(_maybe_abstract(init, self.matrix_kernel, *adapter))
+
     def add_dropout(self, rate: float, rngs: nnx.Rngs) -> None:
         """Adds dropout on the adapter's input, with a stream of its own forked from ``dropout``."""
         leading = self.leading_shape
@@ -203,6 +219,10 @@ class QLoRALinear(nnx.Module):
                 dropout=self.dropout,
                 key=self.rngs() if training else None,
             )
+        if self.lora_magnitude is not None:
+            weight = kernel if is_quantized(kernel) else kernel.T
+            scaling = lora_scaling(self.rank, self.alpha, self.use_rslora)
+            y = scale_outputs(y, weight, self.adapter, scaling)
         y = y.reshape(*y.shape[:-1], *self.out_shape)
         if self.bias is not None:
             y += self.bias.get_value().astype(y.dtype)

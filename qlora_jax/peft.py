@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT, in both directions and without torch.
+"""LoRA and DoRA adapters of PEFT, in both directions and without torch.
 
 PEFT keeps A [r, in] and B [out, r] of every layer by itself; here the layers of a projection are
 one stack, A [L, in, r] and B [L, r, out] with one alpha. So projections may differ in rank and
@@ -34,7 +34,7 @@ from qlora_jax.weights.peft import open_adapter, read_adapter_tensor, tensor_nam
 from qlora_jax.weights.peft_config import PeftConfig
 from qlora_jax.weights.safetensors import Entry
 
-Entries = Mapping[str, tuple[Entry, Entry]]
+Entries = Mapping[str, tuple[Entry, ...]]
 
 
 def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
@@ -52,7 +52,7 @@ def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
     Raises:
       UserError: there is nothing at `path`.
       ConfigError: the model has adapters already, or is of no family that PEFT has names for.
-      WeightsError: the adapter is not plain LoRA (DoRA, other methods, whole layers, biases), is a
+      WeightsError: the adapter is not LoRA or DoRA (other methods, whole layers, biases), is a
         pickle, is damaged, or does not fit the model.
 
     Example:
@@ -89,6 +89,7 @@ def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
             alpha=alpha,
             dropout=config.dropout,
             use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
             quant_type=None,
             rngs=rngs,
         )
@@ -96,6 +97,10 @@ def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
         if place in stacks:
             linear.lora_a = nnx.LoRAParam(jnp.asarray(stacks[place].a))
             linear.lora_b = nnx.LoRAParam(jnp.asarray(stacks[place].b))
+            if config.use_dora:
+                start = linear.lora_magnitude.get_value()
+                magnitudes = _read_magnitudes(names[place], np.asarray(start), entries)
+                linear.lora_magnitude = nnx.LoRAParam(jnp.asarray(magnitudes))
     model.eval()
     return model
 
@@ -114,7 +119,8 @@ def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str
       `path`.
 
     Raises:
-      ConfigError: the model has no adapter, or one in a layer that PEFT has no name for.
+      ConfigError: the model has no adapter, one in a layer that PEFT has no name for, or DoRA in
+        some layers only.
       WeightsError: the folder is not empty or cannot be written; an adapter holds NaN or infinity.
 
     Example:
@@ -127,17 +133,17 @@ def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str
             "the model has no adapter, so there is nothing to write; give one that apply_qlora, "
             "load_adapter or load_trained returned."
         )
-    tensors: dict[str, tuple[tuple[int, int], np.dtype]] = {}
+    config = _peft_config(adapted) | {"base_model_name_or_path": base_model}
+    tensors: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     values: dict[str, Callable[[], Any]] = {}
     for place, linear in adapted.items():
         adapter = linear.adapter
         for layer, module in enumerate(_module_names(place, linear)):
             index = (layer,) if linear.leading_shape else ()
-            for name, matrix in zip(tensor_names(module), adapter.values(), strict=True):
-                rows, columns = matrix.shape[-2:]
-                tensors[name] = (columns, rows), np.dtype(matrix.dtype)
-                values[name] = lambda matrix=matrix, index=index: np.asarray(matrix[index]).T
-    config = _peft_config(adapted) | {"base_model_name_or_path": base_model}
+            file_names = tensor_names(module, config["use_dora"])
+            for name, array in zip(file_names, adapter.values(), strict=True):
+                tensors[name] = array.shape[len(index) :][::-1], np.dtype(array.dtype)
+                values[name] = lambda array=array, index=index: np.asarray(array[index]).T
     write_adapter(folder, config, tensors, lambda name: values[name]())
     return folder
 
@@ -206,10 +212,28 @@ def _read_stack(
     return _Stack(a.reshape(*leading, *a.shape[1:]), b.reshape(*leading, *b.shape[1:]), rank, alpha)
 
 
+def _read_magnitudes(names: list[str], start: np.ndarray, entries: Entries) -> np.ndarray:
+    """The magnitudes of one projection; those of its base, `start`, where a layer has none."""
+    held = {layer: name for layer, name in enumerate(names) if name in entries}
+    dtypes = [entries[name][2].dtype for name in held.values()]
+    # A rounded norm is none: a layer without an adapter would change.
+    dtypes += [np.float32] * (len(held) < len(names))
+    magnitudes = start.reshape(len(names), -1).astype(jnp.result_type(*dtypes))
+    for layer, name in held.items():
+        magnitudes[layer] = read_adapter_tensor(entries[name][2], tensor_names(name, True)[2])
+    return magnitudes.reshape(start.shape)
+
+
 def _peft_config(adapted: Mapping[str, QLoRALinear]) -> dict[str, Any]:
     """The `adapter_config.json`; what most projections share is the default of its patterns."""
     rsloras = {linear.use_rslora for linear in adapted.values()}
     use_rslora = rsloras == {True}
+    doras = {linear.lora_magnitude is not None: path for path, linear in adapted.items()}
+    if len(doras) > 1:
+        raise ConfigError(
+            f"{doras[True]} has an adapter of DoRA and {doras[False]} one of LoRA, which one PEFT "
+            "adapter cannot hold; give all of them magnitudes (QLoRALinear.add_magnitude)."
+        )
     ranks, alphas = {}, {}
     for path, linear in adapted.items():
         name = path.rpartition("/")[2]
@@ -232,6 +256,6 @@ def _peft_config(adapted: Mapping[str, QLoRALinear]) -> dict[str, Any]:
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "target_modules": sorted(ranks),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": True in doras,
         "use_rslora": use_rslora,
     }

@@ -8,7 +8,8 @@ import pytest
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.flax_linen import QLoRADense, apply_qlora
-from qlora_jax.lora import init_lora, merge_lora
+from qlora_jax.lora import merge_lora
+from qlora_jax.lora_init import init_lora
 from qlora_jax.quantized import QuantizedTensor, quantize_params
 
 WHERE = r".*(up|down)/kernel"

@@ -8,15 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.errors import ConfigError
-from qlora_jax.lora import (
-    init_adapter,
-    init_lora,
-    lora_delta,
-    lora_matmul,
-    lora_scaling,
-    merge_lora,
-    merge_weight,
-)
+from qlora_jax.lora import lora_delta, lora_matmul, lora_scaling, merge_lora, merge_weight
+from qlora_jax.lora_init import init_adapter, init_lora
 from qlora_jax.quantized import QuantizedTensor, dequantize, matmul, quantize
 
 

@@ -24,9 +24,14 @@ from qlora_jax.weights.peft_config import PeftConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 CASES = ("llama2", "llama3", "mistral", "qwen2", "qwen2_windowed", "qwen3")
+DORA = ("dora_llama3", "dora_qwen3")
 # Those whose layers of a projection are alike, so that PEFT's own bytes come back.
-ALIKE = ("llama2", "llama3", "mistral", "qwen2")
+ALIKE = ("llama2", "llama3", "mistral", "qwen2", "dora_llama3")
 LAYER = "base_model.model.model.layers.0.self_attn."
+
+
+def tiny_base(case):
+    return golden_tiny(case.removeprefix("dora_"))
 
 
 def golden_folder(case):
@@ -34,12 +39,12 @@ def golden_folder(case):
 
 
 def test_all_golden_folders_are_used():
-    assert sorted(GOLDEN.glob("peft_*")) == sorted(golden_folder(case) for case in CASES)
+    assert sorted(GOLDEN.glob("peft_*")) == sorted(golden_folder(case) for case in CASES + DORA)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + DORA)
 def test_logits_are_those_of_peft(case):
-    model, ids, _ = golden_tiny(case)
+    model, ids, _ = tiny_base(case)
     golden = np.load(golden_folder(case) / "logits.npz")
     adapted = ql.load_adapter(model, golden_folder(case))
     np.testing.assert_allclose(model(ids), golden["base"], atol=1e-4)
@@ -49,7 +54,7 @@ def test_logits_are_those_of_peft(case):
 
 @pytest.mark.parametrize("case", ALIKE)
 def test_what_peft_wrote_comes_back_to_the_byte(case, tmp_path):
-    adapted = ql.load_adapter(golden_tiny(case)[0], golden_folder(case))
+    adapted = ql.load_adapter(tiny_base(case)[0], golden_folder(case))
     out = ql.save_adapter(adapted, tmp_path / "out", base_model="owner/name")
     assert sorted(file.name for file in out.iterdir()) == [
         "adapter_config.json",
@@ -59,7 +64,8 @@ def test_what_peft_wrote_comes_back_to_the_byte(case, tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() == weights
     theirs = PeftConfig.from_json(read_config(golden_folder(case)), golden_folder(case))
     ours = PeftConfig.from_json(read_config(out), out)
-    assert (ours.use_rslora, ours.dropout) == (theirs.use_rslora, theirs.dropout)
+    for name in ("use_rslora", "use_dora", "dropout"):
+        assert getattr(ours, name) == getattr(theirs, name)
     layers = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(2) for x in "qkvo"]
     layers += [f"model.layers.{i}.mlp.{x}_proj" for i in range(2) for x in ("gate", "up", "down")]
     for name in [*layers, "lm_head"]:
@@ -70,9 +76,9 @@ def test_what_peft_wrote_comes_back_to_the_byte(case, tmp_path):
     assert read_config(out)["base_model_name_or_path"] == "owner/name"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + DORA)
 def test_out_and_in_again_is_the_same_to_the_byte(case, tmp_path):
-    model, ids, _ = golden_tiny(case)
+    model, ids, _ = tiny_base(case)
     first = ql.load_adapter(model, golden_folder(case))
     a = ql.save_adapter(first, tmp_path / "a", base_model="x")
     second = ql.load_adapter(model, a)
@@ -183,6 +189,26 @@ def test_dtypes_stay(dtype, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_layers_without_dora_keep_the_magnitudes_of_their_base():
+    adapted = ql.load_adapter(tiny_base("dora_qwen3")[0], golden_folder("dora_qwen3"))
+    linear = adapted.layers.self_attn.q_proj
+    magnitudes = linear.lora_magnitude.get_value()
+    assert magnitudes.dtype == jnp.float32  # in the file bfloat16, which holds no norm exactly
+    norms = jnp.linalg.norm(linear.kernel.get_value(), axis=-2)
+    np.testing.assert_allclose(magnitudes[1], norms[1], rtol=1e-6)
+    assert np.abs(magnitudes[0] / norms[0] - 1).max() > 0.3
+
+
+def test_dora_in_some_layers_only_is_refused(tmp_path):
+    options = dict(rank=2, quant_type=None, rngs=nnx.Rngs(0))
+    model = ql.apply_qlora(random_model(tiny_config()), where=".*/q_proj", **options)
+    model = ql.apply_qlora(model, where=".*/v_proj", use_dora=True, **options)
+    with pytest.raises(ConfigError, match="v_proj has an adapter of DoRA and .*q_proj one of LoRA"):
+        ql.save_adapter(model, tmp_path / "out", base_model="x")
+    model.layers.self_attn.q_proj.add_magnitude()
+    assert read_config(ql.save_adapter(model, tmp_path / "out", base_model="x"))["use_dora"]
+
+
 @pytest.fixture
 def adapter(tmp_path):
     return pathlib.Path(shutil.copytree(golden_folder("qwen2"), tmp_path / "adapter"))
@@ -194,7 +220,8 @@ def adapter(tmp_path):
         ({"peft_type": "IA3"}, "kind 'IA3'.*merge_and_unload"),
         ({"peft_type": "PREFIX_TUNING"}, "kind 'PREFIX_TUNING'"),
         ({"peft_type": None}, "kind None"),
-        ({"use_dora": True}, "DoRA.*merge_and_unload"),
+        ({"use_dora": True}, "4 tensors are missing(.|\n)*lora_magnitude_vector"),
+        ({"use_dora": 1}, "use_dora is 1, expected is true or false"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save.*merge_and_unload"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"lora_bias": True}, "lora_bias"),

@@ -44,9 +44,10 @@ REMAT_POLICIES: dict[str, Callable | None] = {
         offload_dst="pinned_host",
     ),
     # The outputs of the linear layers whose value the backward pass needs: norms, rotation, softmax
-    # and activation are computed again, no weight is multiplied (or dequantized) a second time.
+    # and activation are computed again, no weight is multiplied (or dequantized) a second time. But
+    # with DoRA: the gradient of its magnitudes asks for the outputs before they were scaled.
     "projections": jax.checkpoint_policies.save_only_these_names(
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "adapted_norm"
     ),
     # The outputs of all matrix products without a batch axis, adapters' included.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

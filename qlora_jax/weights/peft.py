@@ -4,6 +4,8 @@ A layer's tensors are A [r, in_features] and B [out_features, r], each layer by 
 
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
 
+and with DoRA its magnitudes [out_features], `….q_proj.lora_magnitude_vector`.
+
 Everything is looked at before a tensor is read, and a folder is written whole or not at all.
 """
 
@@ -29,26 +31,28 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _LISTED = 8
 
 
-def tensor_names(module: str) -> tuple[str, str]:
-    """The names of A and B of a linear layer.
+def tensor_names(module: str, use_dora: bool = False) -> tuple[str, ...]:
+    """The names of A and B of a linear layer, and of its magnitudes.
 
     Args:
       module: its name in the Hugging Face model.
+      use_dora: whether it has magnitudes.
 
     Returns:
-      The names in the file.
+      Two names, or three, in the file.
 
     Example:
       >>> tensor_names("lm_head")[0]
       'base_model.model.lm_head.lora_A.weight'
     """
     prefix = f"base_model.model.{module}"
-    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+    names = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+    return (*names, f"{prefix}.lora_magnitude_vector") if use_dora else names
 
 
 def open_adapter(
     folder: pathlib.Path, linears: Mapping[str, tuple[int, int]]
-) -> tuple[PeftConfig, dict[str, tuple[Entry, Entry]]]:
+) -> tuple[PeftConfig, dict[str, tuple[Entry, ...]]]:
     """Reads the configuration of an adapter, and checks its tensors against it and the base.
 
     Args:
@@ -56,11 +60,12 @@ def open_adapter(
       linears: (in_features, out_features) of the base's linear layers by Hugging Face name.
 
     Returns:
-      The configuration, and where A and B are for every layer that has an adapter.
+      The configuration, and where A, B and with DoRA the magnitudes are for every layer that has an
+      adapter.
 
     Raises:
-      WeightsError: a file is missing, a pickle, or damaged; the adapter is not plain LoRA; tensors
-        are missing, unknown, or do not fit (all are counted, some are listed).
+      WeightsError: a file is missing, a pickle, or damaged; the adapter is not LoRA or DoRA;
+        tensors are missing, unknown, or do not fit (all are counted, some are listed).
     """
     config = PeftConfig.from_json(_read_config(folder), folder / CONFIG_FILE)
     if not (folder / WEIGHTS_FILE).is_file():
@@ -75,13 +80,13 @@ def open_adapter(
     wanted = {}
     for module in targets:
         in_features, out_features = linears[module]
-        rank, (name_a, name_b) = config.rank_of(module), tensor_names(module)
-        wanted |= {name_a: (rank, in_features), name_b: (out_features, rank)}
+        rank = config.rank_of(module)
+        shapes = (rank, in_features), (out_features, rank), (out_features,)
+        wanted |= zip(tensor_names(module, config.use_dora), shapes, strict=False)
     _check_fit(folder / WEIGHTS_FILE, entries, wanted)
     return config, {
-        module: (entries[name_a], entries[name_b])
+        module: tuple(entries[name] for name in tensor_names(module, config.use_dora))
         for module in targets
-        for name_a, name_b in [tensor_names(module)]
     }
 
 
@@ -99,7 +104,7 @@ def read_adapter_tensor(entry: Entry, name: str) -> np.ndarray:
 def write_adapter(
     folder: pathlib.Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, tuple[tuple[int, int], np.dtype]],
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     read: Callable[[str], np.ndarray],
 ) -> None:
     """Writes both files, one tensor at a time, under another name until all is on the disk.
@@ -160,7 +165,7 @@ def _explain_no_weights(folder: pathlib.Path) -> str:
 
 
 def _check_fit(
-    path: pathlib.Path, entries: Mapping[str, Entry], wanted: Mapping[str, tuple[int, int]]
+    path: pathlib.Path, entries: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
     whole = [name for name in entries if ".lora_" not in name]
     if whole:
@@ -202,7 +207,7 @@ def _check_finite(value: np.ndarray, name: str) -> None:
 
 
 def _safetensors(
-    tensors: Mapping[str, tuple[tuple[int, int], np.dtype]], read: Callable[[str], np.ndarray]
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], read: Callable[[str], np.ndarray]
 ) -> Iterable[bytes]:
     """Yields a safetensors file; larger dtypes come first, so that all tensors are aligned."""
     names = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))

@@ -19,9 +19,8 @@ _MERGE = (
     "In PEFT, fold the adapter into its base with merge_and_unload(), save that model, and give it "
     "as the model."
 )
-# Keys that mean something else than plain LoRA when they are set: what it is, and the remedy.
+# Keys that mean something else than LoRA or DoRA when they are set: what it is, and the remedy.
 _REFUSED = {
-    "use_dora": ("DoRA (use_dora)", _MERGE),
     "modules_to_save": ("whole layers beside LoRA (modules_to_save)", _MERGE),
     "trainable_token_indices": ("new token embeddings (trainable_token_indices)", _MERGE),
     "lora_bias": ("a bias on B (lora_bias)", _MERGE),
@@ -43,11 +42,11 @@ _REFUSED = {
 }
 # Keys that say how an adapter was made, or are read below.
 _KNOWN = frozenset(
-    "peft_type task_type r lora_alpha use_rslora lora_dropout target_modules exclude_modules "
-    "layers_to_transform layers_pattern rank_pattern alpha_pattern bias init_lora_weights "
-    "base_model_name_or_path revision inference_mode auto_mapping peft_version megatron_config "
-    "megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
-    "ensure_weight_tying".split()
+    "peft_type task_type r lora_alpha use_rslora use_dora lora_dropout target_modules "
+    "exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern bias "
+    "init_lora_weights base_model_name_or_path revision inference_mode auto_mapping peft_version "
+    "megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config "
+    "qalora_group_size ensure_weight_tying".split()
 )
 # Other initialisations take something away from the base, to which the adapter then belongs.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -61,6 +60,7 @@ class PeftConfig:
       rank: r of the layers that no pattern names.
       alpha: their lora_alpha.
       use_rslora: whether alpha is divided by sqrt(rank) rather than rank.
+      use_dora: whether there are magnitudes (arXiv 2402.09353).
       dropout: on the adapters' input in training.
       target_modules: names or endings of names; a string is a regular expression or "all-linear".
       exclude_modules: the same; these layers have no adapter.
@@ -80,6 +80,7 @@ class PeftConfig:
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    use_dora: bool = False
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], path: pathlib.Path) -> "PeftConfig":
@@ -115,6 +116,7 @@ class PeftConfig:
             layers_pattern=one.patterns(),
             rank_pattern=one.pattern("rank_pattern", one.rank),
             alpha_pattern=one.pattern("alpha_pattern", one.number),
+            use_dora=one.flag("use_dora"),
         )
 
     def targets(self, module: str) -> bool:

@@ -2,7 +2,7 @@
 
 Run it where transformers and peft are installed (Python 3.11, CPU build of torch):
 
-    python tests/golden/make_peft.py
+    python tests/golden/make_peft.py [case …]
 
 The bases are the tiny models of `make_llama.py`. Adapters are random (also B) and large enough that
 every part of them shows in the logits; `logits.npz` has them in float32 with the adapter on and, to
@@ -12,6 +12,7 @@ measure against, off.
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import peft
@@ -40,8 +41,16 @@ CASES = {
         alpha_pattern={"layers.0.mlp.gate_proj": 5, r"layers\.1\.self_attn\.q_proj": 9},
     ),
     "qwen2_windowed": dict(r=2, target_modules=["k_proj"], layers_to_transform=[1]),
+    "dora_llama3": dict(r=4, lora_alpha=8, target_modules="all-linear", use_dora=True),
+    "dora_qwen3": dict(
+        r=2,
+        use_rslora=True,
+        use_dora=True,
+        target_modules=["q_proj", "down_proj"],
+        layers_to_transform=[0],
+    ),
 }
-DTYPES = {"qwen2": torch.bfloat16, "mistral": torch.float16}
+DTYPES = {"qwen2": torch.bfloat16, "mistral": torch.float16, "dora_qwen3": torch.bfloat16}
 
 
 def base_model(case: str) -> tuple[transformers.PreTrainedModel, torch.Tensor]:
@@ -64,7 +73,7 @@ def base_model(case: str) -> tuple[transformers.PreTrainedModel, torch.Tensor]:
 def make(case: str, options: dict) -> None:
     """Writes one folder."""
     torch.manual_seed(1)
-    model, ids = base_model(case)
+    model, ids = base_model(case.removeprefix("dora_"))
     with torch.no_grad():
         base = model(ids).logits
     config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
@@ -72,8 +81,11 @@ def make(case: str, options: dict) -> None:
     model = peft.get_peft_model(model, config).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if ".lora_" in name:
+            if "lora_magnitude_vector" in name:
+                value.mul_(torch.empty_like(value).uniform_(0.5, 1.5))
+            elif ".lora_" in name:
                 value.normal_(0.0, 0.3)
+            if ".lora_" in name:
                 value.data = value.data.to(DTYPES.get(case, torch.float32)).float()
         logits = model(ids).logits
     folder = HERE / f"peft_{case}"
@@ -87,5 +99,5 @@ def make(case: str, options: dict) -> None:
 
 
 if __name__ == "__main__":
-    for case, options in CASES.items():
-        make(case, options)
+    for case in sys.argv[1:] or CASES:
+        make(case, CASES[case])
