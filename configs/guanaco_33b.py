@@ -2,8 +2,8 @@
 
     python scripts/train.py --config=configs/guanaco_33b.py --workdir=runs/guanaco_33b
 
-It takes 22.9 GiB: an RTX 4090 or another card of 24 GB (3.2 GiB of the optimizer's state then
-lies in the host's memory). To see it compiled for one:
+It takes 22.9 GiB of an RTX 4090 (24 GB); 3.2 GiB of the optimizer's state then lies in
+the host's memory. To see it compiled for one:
 
     python scripts/plan.py --config=configs/guanaco_33b.py --device=rtx4090
 """

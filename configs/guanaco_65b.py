@@ -2,8 +2,8 @@
 
     python scripts/train.py --config=configs/guanaco_65b.py --workdir=runs/guanaco_65b
 
-It takes 46.7 GiB: an A6000 or another card of 48 GB (1.5 GiB of the optimizer's state then lies
-in the host's memory). To see it compiled for one:
+It takes 46.7 GiB of an A6000 (48 GB); 1.5 GiB of the optimizer's state then lies in
+the host's memory. To see it compiled for one:
 
     python scripts/plan.py --config=configs/guanaco_65b.py --device=a6000
 """

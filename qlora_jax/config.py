@@ -138,7 +138,8 @@ def get_config() -> config_dict.ConfigDict:
     # The gradient's global norm is clipped to it.
     optimizer.max_grad_norm = 0.3
     # Device memory of a step in GB (1e9 bytes); 0: what the device has. What of the optimizer's
-    # state does not fit lies in the host's memory: the same result, some per cent slower.
+    # state does not fit lies in the host's memory: the same result, and it crosses the bus once
+    # in each direction a step.
     optimizer.device_budget_gb = 0.0
     # Where state lies in the host's memory, compare a few small steps with it to steps without, to
     # the bit, before the first: some seconds.

@@ -18,20 +18,20 @@ At the peak a layer is differentiated, or else the loss of a chunk of tokens.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
-from jaxtyping import PyTree
 from ml_collections import config_dict
 
 from pallas_kernels import devices
 from qlora_jax.models.attention import implementation
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.optim.paged import PAGE_BYTES
-from qlora_jax.planning import AbstractRun, abstract_run, device_budget
+from qlora_jax.placement import tree_bytes
+from qlora_jax.planning import CONTEXT_BYTES, AbstractRun, abstract_run
 from qlora_jax.report import measure
 from qlora_jax.targets import GpuTarget, find_target
 from qlora_jax.training.building import choose_compute_dtype, choose_remat
+from qlora_jax.training.fitting import device_budget
 
 # Bytes a token that a layer holds while it is differentiated, by remat policy, fitted to compiled
 # plans: in multiples of the hidden and the intermediate size; and with dropout, whose random bits
@@ -55,7 +55,7 @@ class Estimate:
         method: `"estimate"`, to tell it from a compiled plan.
         peak_bytes: device memory that the step needs, about.
         host_bytes: pinned memory of the host.
-        budget_bytes: the device's memory less `planning.CONTEXT_BYTES`.
+        budget_bytes: as of `planning.Plan`.
         verdict: as of `planning.Plan`.
         parts: bytes on the device by what they are; they add up to `peak_bytes`.
         host_parts: likewise, of `host_bytes`.
@@ -96,11 +96,11 @@ def estimate(config: config_dict.ConfigDict, device: str = "h100") -> Estimate:
         "base": size.quantized_bytes,
         "embeddings, norms, head": size.dense_bytes,
         "adapters": size.trainable_bytes,
-        "optimizer state": _bytes(run.state.opt_state),
+        "optimizer state": tree_bytes(run.state.opt_state),
         **_temporaries(config, run, remat, target),
     }
     host = {"activations": _stored(config, run, "full") if remat == "offload" else 0}
-    budget, verdict = device_budget(config, target), "fits"
+    budget, verdict = device_budget(config, target.memory_bytes - CONTEXT_BYTES), "fits"
     excess = sum(parts.values()) - budget
     if excess > 0:
         # Three pages of it come and go.
@@ -134,7 +134,7 @@ def _temporaries(
     sums = float32_tree if microsteps > 1 else 0
     stored = _stored(config, run, remat)
     layer = {
-        "gradients": _bytes(lora) + sums,
+        "gradients": tree_bytes(lora) + sums,
         "stored activations": stored,
         "a decoded weight": 2 * _largest_weight(shape),
         "a layer's activations": _layer(config, shape, remat, rows, length),
@@ -224,7 +224,3 @@ def _largest_weight(shape: LlamaConfig) -> int:
     return shape.hidden_size * max(
         shape.intermediate_size, shape.num_attention_heads * shape.head_dim
     )
-
-
-def _bytes(tree: PyTree) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -17,12 +17,10 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
-from jaxtyping import PyTree
 from ml_collections import config_dict
 
 from qlora_jax.memory_limits import CONTEXT_BYTES
-from qlora_jax.optim.paged import state_bytes
+from qlora_jax.placement import bytes_by_memory, tree_bytes
 from qlora_jax.report import ModelSize, measure
 from qlora_jax.targets import GpuTarget, compile_for, find_target
 from qlora_jax.training import fitting
@@ -67,7 +65,7 @@ class Plan:
         device: name of the target.
         peak_bytes: device memory that the step needs.
         host_bytes: pinned memory of the host.
-        budget_bytes: the device's memory less `CONTEXT_BYTES`.
+        budget_bytes: the device's memory less `CONTEXT_BYTES`, or `optimizer.device_budget_gb`.
         verdict: `"fits"`, `"fits with paging"` (some of the optimizer's state lies in the host's
             memory) or `"does not fit"`.
         parts: bytes on the device by what they are; they add up to `peak_bytes`.
@@ -118,21 +116,13 @@ def plan(config: config_dict.ConfigDict, device: str = "h100", *, suggest: bool 
     'fits'
     """
     target = find_target(device)
-    budget = device_budget(config, target)
+    budget = fitting.device_budget(config, target.memory_bytes - CONTEXT_BYTES)
     compiler = functools.partial(compile_run, target=target)
     fit = fitting.fit_state(functools.partial(compiler, config), budget)
     found = _plan(config, fit, target, budget)
     if found.fits or not suggest:
         return found
     return dataclasses.replace(found, changes=fitting.find_settings(config, compiler, budget))
-
-
-def device_budget(config: config_dict.ConfigDict, target: GpuTarget) -> int:
-    """Bytes of a GPU's memory that a step may take."""
-    budget = target.memory_bytes - CONTEXT_BYTES
-    if config.optimizer.device_budget_gb:
-        budget = min(budget, int(config.optimizer.device_budget_gb * 1e9))
-    return budget
 
 
 def abstract_run(
@@ -160,7 +150,7 @@ def compile_run(
 def _plan(config: config_dict.ConfigDict, fit: fitting.Fit, target: GpuTarget, budget: int) -> Plan:
     run = abstract_run(config, target)
     size = measure(run.state.lora, run.frozen)
-    moments = state_bytes(fit.state.opt_state)
+    moments = bytes_by_memory(fit.state.opt_state)
     parts = {
         "base": size.quantized_bytes,
         "embeddings, norms, head": size.dense_bytes,
@@ -191,10 +181,6 @@ def _plan(config: config_dict.ConfigDict, fit: fitting.Fit, target: GpuTarget, b
     )
 
 
-def _bytes(tree: PyTree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _work(
     config: config_dict.ConfigDict, run: AbstractRun, size: ModelSize, target: GpuTarget
 ) -> tuple[int, int]:
@@ -213,5 +199,5 @@ def _work(
     attention *= tokens * length * width * shape.num_hidden_layers
     # A weight is read in 4 bits, written in 16 and read again.
     decoded = passes * (size.quantized_bytes + 4 * size.quantized)
-    moments = 2 * (_bytes(run.state.opt_state) + 2 * size.trainable_bytes)
+    moments = 2 * (tree_bytes(run.state.opt_state) + 2 * size.trainable_bytes)
     return microsteps * (linear + attention), microsteps * decoded + moments

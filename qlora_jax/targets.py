@@ -178,22 +178,30 @@ class CompiledFor:
     @property
     def peak_bytes(self) -> int:
         """Device memory: arguments + temporaries + outputs - what outputs share with arguments."""
-        return self._peak("")
+        return peak_bytes(self.memory_analysis())
 
     @property
     def host_bytes(self) -> int:
         """Pinned memory of the host, counted alike."""
-        return self._peak("host_")
-
-    def _peak(self, where: str) -> int:
-        def size(part: str) -> int:
-            return self.memory[f"{where}{part}_size_in_bytes"]
-
-        return size("argument") + size("temp") + size("output") - size("alias")
+        return peak_bytes(self.memory_analysis(), "host_")
 
     def as_text(self) -> str:
         """The program, as of `jax.stages.Compiled.as_text`."""
         return self.text
+
+
+def peak_bytes(memory: Any, where: str = "") -> int:
+    """Arguments + temporaries + outputs - what outputs share with arguments, in bytes.
+
+    Args:
+        memory: what `memory_analysis()` of a compiled program gives, for whatever device.
+        where: `""` for the device's memory, `"host_"` for the host's.
+    """
+
+    def size(part: str) -> int:
+        return getattr(memory, f"{where}{part}_size_in_bytes")
+
+    return size("argument") + size("temp") + size("output") - size("alias")
 
 
 def can_compile() -> bool:

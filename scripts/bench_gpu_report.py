@@ -211,6 +211,7 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
         _goal("decoding vs the rival's", 5.0, _fastest(steps, "decode")),
         _goal("all moments paged: time over none", 1.03, _paging_cost(steps), least=False),
         _goal("paged adapters equal to the bit", 1, _paging_equal(steps)),
+        _goal("paged where unpaged runs out of memory", 1, _trains_in_little(steps)),
     ]
     if result["dry_run"]:
         return [row | {"met": None} for row in rows_of_goals]
@@ -245,12 +246,21 @@ def _paging_equal(steps: dict[str, Any]) -> tuple[float | None, str]:
     """1 where paged runs end with the bits of the unpaged one, else 0."""
     digests = {
         name: answer["digest"]
-        for name in ("train full", "paged 50", "paged 100")
+        for name in ("train full", "paged 50", "paged 100", "short 100")
         if "digest" in (answer := steps.get(f"ours {name}", {}))
     }
     if len(digests) < 2:
         return None, ""
     return float(len(set(digests.values())) == 1), ", ".join(digests)
+
+
+def _trains_in_little(steps: dict[str, Any]) -> tuple[float | None, str]:
+    """1 where the paged step trains in memory in which the unpaged one does not, else 0."""
+    paged, unpaged = (steps.get(f"ours short {share}", {}) for share in (100, 0))
+    if not all("room_bytes" in answer for answer in (paged, unpaged)):
+        return None, ""
+    room = f"{paged['room_bytes'] / 2**30:.2f} GiB"
+    return float("digest" in paged and "ran_out" in unpaged), room
 
 
 def _goal(name: str, target: float, found: tuple[Any, str], *, least: bool = True) -> Row:

@@ -8,9 +8,11 @@ is never reset):
     {"run": "decode"}
     {"run": "paged", "setting": "100"}        training with so many % of the moments on the host
     {"run": "train", "setting": "full"}       what `config.model.remat` may be
+    {"run": "short", "setting": "0"}          as `paged`, in memory that is too short for 0 %
 
-The answers to `paged` and to `train full` have a digest of the adapters after the same steps on the
-same batch: paging changes no bit of them.
+The answers to `paged`, `short` and `train full` have a digest of the adapters after the same steps
+on the same batch: paging changes no bit of them. For `short`, which comes after `train full` and
+`paged 100`, an array fills the device but for the mean of what the plans of these two need.
 
 What is timed is what users run: `qlora_jax.training.step` on a configuration's optimizer and
 adapters, and `qlora_jax.generation.generate_ids`. Only the weights are not read from a file: the
@@ -40,7 +42,8 @@ from qlora_jax.generation import generate_ids
 from qlora_jax.lora import is_quantized
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
-from qlora_jax.optim.paged import state_bytes
+from qlora_jax.placement import bytes_by_memory
+from qlora_jax.targets import peak_bytes
 from qlora_jax.training.building import build_optimizer, choose_compute_dtype, split_model
 from qlora_jax.training.step import compile_step, init_state, make_train_step, next_token_loss
 
@@ -138,6 +141,7 @@ class StepBench:
         self._settings.lora.rank = sizes.rank
         self._dtype, _ = choose_compute_dtype("auto", jax.devices()[0])
         self._base = random_model(sizes, self._dtype)
+        self._compiled: dict[tuple[str, float], Any] = {}
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """The answer to one question of the module's text."""
@@ -145,6 +149,8 @@ class StepBench:
             return self._decode()
         if question["run"] == "paged":
             return self._train("full", paged=int(question["setting"]) / 100)
+        if question["run"] == "short":
+            return self._short(paged=int(question["setting"]) / 100)
         return self._train(question["setting"])
 
     def _decode(self) -> dict[str, Any]:
@@ -159,9 +165,10 @@ class StepBench:
                     raise RuntimeError(f"{len(new)} new tokens instead of {count}")
                 if run:  # the first one compiles
                     seconds[count].append(time.perf_counter() - started)
-        return {"seconds": seconds, "peak_bytes": peak_bytes(), "dtype": str(self._dtype)}
+        peak = memory_stats().get("peak_bytes_in_use")
+        return {"seconds": seconds, "peak_bytes": peak, "dtype": str(self._dtype)}
 
-    def _train(self, setting: str, paged: float = 0.0) -> dict[str, Any]:
+    def _train(self, setting: str, paged: float = 0.0, room: int | None = None) -> dict[str, Any]:
         sizes, settings = self._sizes, self._settings
         model = adapted_model(self._base, settings, setting)
         graphdef, lora, frozen = split_model(model)
@@ -169,16 +176,21 @@ class StepBench:
         budget = int((1 - paged) * 8 * trainable) if paged else None
         tx, _ = build_optimizer(settings, total_steps=1000, state_budget=budget)
         state = init_state(lora, tx, settings.seed)
-        where = state_bytes(state.opt_state)
+        where = bytes_by_memory(state.opt_state)
         del model, lora
         loss = functools.partial(next_token_loss, chunk_size=sizes.loss_chunk)
         batch = random_batch(sizes)
         started = time.perf_counter()
-        step = compile_step(make_train_step(graphdef, tx, loss_fn=loss), state, frozen, batch)
-        report = {"compile_s": time.perf_counter() - started, "predicted_bytes": predicted(step)}
-        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-        if limit is not None and report["predicted_bytes"] > limit:
+        if (setting, paged) not in self._compiled:
+            step = make_train_step(graphdef, tx, loss_fn=loss)
+            self._compiled[setting, paged] = compile_step(step, state, frozen, batch)
+        step = self._compiled[setting, paged]
+        predicted = peak_bytes(step.memory_analysis())
+        report = {"compile_s": time.perf_counter() - started, "predicted_bytes": predicted}
+        limit = memory_stats().get("bytes_limit")
+        if limit is not None and predicted > limit:
             return report | {"skipped": f"does not fit: the device has {limit} bytes"}
+        ballast = None if room is None else jnp.zeros(((limit - room) >> 20, 1 << 20), jnp.uint8)
         seconds, losses = [], []
         for _ in range(sizes.step_warm_up + sizes.steps):
             started = time.perf_counter()
@@ -186,13 +198,27 @@ class StepBench:
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - started)
             losses.append(float(metrics["loss"]))
+        del ballast
         if not np.isfinite(losses).all():
             raise RuntimeError(f"{losses=}")
         seconds = seconds[sizes.step_warm_up :]
-        report |= {"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes()}
+        peak = memory_stats().get("peak_bytes_in_use")
+        report |= {"seconds": seconds, "losses": losses, "peak_bytes": peak}
         report |= {"trainable": trainable, "optimizer_bytes": where, "digest": digest(state.lora)}
         tokens = sizes.batch * sizes.length
         return report | {"tokens_per_second": tokens / statistics.median(seconds)}
+
+    def _short(self, paged: float) -> dict[str, Any]:
+        plans = [self._compiled.get(("full", share)) for share in (0.0, 1.0)]
+        if None in plans or "bytes_limit" not in memory_stats():
+            return {"skipped": "without both plans, or a device that counts its memory"}
+        room = sum(peak_bytes(plan.memory_analysis()) for plan in plans) // 2
+        try:
+            return self._train("full", paged, room) | {"room_bytes": room}
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return {"room_bytes": room, "ran_out": str(error)[:500]}
 
 
 def digest(tree: Any) -> str:
@@ -217,20 +243,9 @@ def random_batch(sizes: cases.Sizes) -> dict[str, np.ndarray]:
     }
 
 
-def predicted(step: jax.stages.Compiled) -> int:
-    """Device bytes that the compiled step needs: arguments + temporaries + outputs - aliases."""
-    plan = step.memory_analysis()
-    return (
-        plan.argument_size_in_bytes
-        + plan.temp_size_in_bytes
-        + plan.output_size_in_bytes
-        - plan.alias_size_in_bytes
-    )
-
-
-def peak_bytes() -> int | None:
-    """The most device memory that was ever in use; None where the backend does not count."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+def memory_stats() -> dict[str, int]:
+    """What the device says of its memory; empty where the backend does not count."""
+    return jax.devices()[0].memory_stats() or {}
 
 
 if __name__ == "__main__":

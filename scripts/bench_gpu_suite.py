@@ -237,7 +237,12 @@ class Suite:
         answers = self._ask_steps(
             "ours",
             ours,
-            ["decode", "paged 100", "paged 50", "train full", "train projections", "train none"],
+            [
+                "decode",
+                *("paged 100", "paged 50"),
+                *("train full", "train projections", "train none"),
+                *("short 100", "short 0"),
+            ],
             self.left() * (_OUR_SHARE if self._rival_python else 1.0),
         )
         # The device has room for one of the two: ours is gone before the rival starts.

@@ -32,6 +32,7 @@ from qlora_jax.estimating import Estimate
 from qlora_jax.planning import Plan
 from qlora_jax.report import format_bytes
 from qlora_jax.targets import TARGETS
+from qlora_jax.training.fitting import as_flags
 
 _CONFIG = command_line.define_config()
 _DEVICE = flags.DEFINE_list("device", ["h100"], f"all, or some of {', '.join(TARGETS)}")
@@ -116,8 +117,10 @@ def _print(console: Console, plan: Plan | Estimate) -> None:
             table.add_row(f"in the host's memory: {part}", format_bytes(count), style="cyan")
     table.add_section()
     table.add_row("peak on the device", format_bytes(plan.peak_bytes))
+    forced = _CONFIG.value.optimizer.device_budget_gb
+    less = f"memory less {format_bytes(planning.CONTEXT_BYTES)} for context and libraries"
     table.add_row(
-        f"budget: memory less {format_bytes(planning.CONTEXT_BYTES)} for context and libraries",
+        f"budget: {less}" + (f", at most {forced:g} GB" if forced else ""),
         format_bytes(plan.budget_bytes),
     )
     console.print(table)
@@ -129,8 +132,7 @@ def _print(console: Console, plan: Plan | Estimate) -> None:
         + (f", {plan.paging_seconds:.2f} s of it paging" if plan.paging_seconds else "")
     )
     if plan.changes:
-        flags_ = " ".join(f"--config.{field}={value}" for field, value in plan.changes.items())
-        console.print(f"  it would fit with {flags_}", soft_wrap=True)
+        console.print(f"  it would fit with {as_flags(plan.changes)}", soft_wrap=True)
     elif not plan.fits:
         console.print("  no smaller setting that was tried fits either: take a larger device")
 

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 from cuda_wheels import REASON
 
 # Set before JAX starts its backends: a test must not take a GPU from a run, and two devices make
@@ -18,3 +19,20 @@ def pytest_terminal_summary(terminalreporter):
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if REASON in str(r.longrepr)]
     if skipped:
         terminalreporter.write_line(f"{len(skipped)} tests skipped: {REASON}", yellow=True)
+
+
+@pytest.fixture(scope="module")
+def compile_each_program_once(tmp_path_factory):
+    """Most tests of a file compile the same step; a cache on disk keeps the file fast."""
+    import jax  # not before the variables above are set
+
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

@@ -106,6 +106,22 @@ def test_the_parts_add_up_and_say_what_they_are():
     assert too_much.verdict == "does not fit" and not too_much.fits
 
 
+def test_with_too_little_room_the_optimizer_is_estimated_to_page():
+    config = make_config(LLAMA["7B"], {})
+    plain = estimating.estimate(config, "h100")
+    state = plain.parts["optimizer state"]
+    config.optimizer.device_budget_gb = (plain.peak_bytes - 0.5 * state) / 1e9
+    found = estimating.estimate(config, "h100")
+    assert found.verdict == "fits with paging" and found.fits
+    assert found.budget_bytes == int(config.optimizer.device_budget_gb * 1e9)
+    assert sum(found.parts.values()) == found.peak_bytes <= found.budget_bytes
+    assert sum(found.host_parts.values()) == found.host_bytes
+    moved = found.host_parts["optimizer state"]
+    assert 0.5 * state < moved < 0.6 * state and found.parts["optimizer state"] == state - moved
+    config.optimizer.device_budget_gb = (plain.peak_bytes - 2 * state) / 1e9
+    assert estimating.estimate(config, "h100").verdict == "does not fit"
+
+
 def peak(**fields):
     fields = {name.replace("__", "."): value for name, value in fields.items()}
     return estimating.estimate(make_config(LLAMA["7B"], fields), "h100").peak_bytes

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from qlora_jax.training.building import build_model, build_optimizer, split_mode
 from qlora_jax.training.step import init_state
 from qlora_jax.tree import flatten_paths
 
+pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 EVERYTHING, MOST, HALF = "everything", "most", "half"
 
 
@@ -32,26 +34,22 @@ def small_leaves_move_too(monkeypatch):
     monkeypatch.setattr(fitting, "_LEAST_ROOM", 1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_each_program_once(tmp_path_factory):
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model and data."""
+    folder = tmp_path_factory.mktemp("files")
+    return tiny_run.write_model(folder / "model"), tiny_run.write_data(folder / "sums.jsonl")
+
+
+def make_config(files):
+    config = tiny_run.tiny_config(*files)
+    config.train.steps = 4
+    return config
 
 
 @pytest.fixture
-def config(tmp_path):
-    model = tiny_run.write_model(tmp_path / "model")
-    config = tiny_run.tiny_config(model, tiny_run.write_data(tmp_path / "sums.jsonl"))
-    config.train.steps = 4
-    return config
+def config(files):
+    return make_config(files)
 
 
 def run(config, workdir, **options):
@@ -75,11 +73,18 @@ def final_state(config, workdir, step=4):
     return {name: np.asarray(leaf).tobytes() for name, leaf in flatten_paths(state).items()}
 
 
+@pytest.fixture(scope="module")
+def plain(files, tmp_path_factory, compile_each_program_once):
+    """A run whose state is all on the device."""
+    config, workdir = make_config(files), tmp_path_factory.mktemp("plain")
+    run(config, workdir)
+    return SimpleNamespace(rows=rows(workdir), state=final_state(config, workdir))
+
+
 @pytest.fixture
-def budgets(config, tmp_path):
+def budgets(plain):
     """Budgets in GB with which all, most and half of the state is on the device."""
-    run(config, tmp_path / "plain")
-    row = rows(tmp_path / "plain")[0]
+    row = plain.rows[0]
     peak, state = row["step_device_bytes"], row["optimizer_device_bytes"]
     assert row["optimizer_host_bytes"] == 0 and state > 20_000
     return {EVERYTHING: 0.0, MOST: (peak - 0.2 * state) / 1e9, HALF: (peak - 0.5 * state) / 1e9}
@@ -87,19 +92,18 @@ def budgets(config, tmp_path):
 
 @pytest.mark.parametrize("share", [MOST, HALF])
 def test_a_budget_too_small_for_the_moments_trains_to_the_same_bits(
-    config, budgets, tmp_path, share
+    config, budgets, plain, tmp_path, share
 ):
     config.optimizer.device_budget_gb = budgets[share]
     _, text = run(config, tmp_path / "paged")
     assert "of optimizer state, read and written once a step" in text
-    for row, plain in zip(rows(tmp_path / "paged"), rows(tmp_path / "plain"), strict=True):
+    for row, unpaged in zip(rows(tmp_path / "paged"), plain.rows, strict=True):
         assert row["step_device_bytes"] <= budgets[share] * 1e9
-        assert row["loss"] == plain["loss"] and row["grad_norm"] == plain["grad_norm"]
+        assert row["loss"] == unpaged["loss"] and row["grad_norm"] == unpaged["grad_norm"]
         moved, stayed = row["optimizer_host_bytes"], row["optimizer_device_bytes"]
-        assert moved > 0 and moved + stayed == plain["optimizer_device_bytes"]
-        assert moved >= {MOST: 0.2, HALF: 0.5}[share] * plain["optimizer_device_bytes"]
-    found = final_state(config, tmp_path / "paged")
-    assert found == final_state(config, tmp_path / "plain")
+        assert moved > 0 and moved + stayed == unpaged["optimizer_device_bytes"]
+        assert moved >= {MOST: 0.2, HALF: 0.5}[share] * unpaged["optimizer_device_bytes"]
+    assert final_state(config, tmp_path / "paged") == plain.state
 
 
 @pytest.mark.parametrize(
@@ -107,14 +111,14 @@ def test_a_budget_too_small_for_the_moments_trains_to_the_same_bits(
     [(EVERYTHING, HALF), (HALF, EVERYTHING), (MOST, HALF), (HALF, MOST), (MOST, MOST)],
     ids=" then ".join,
 )
-def test_a_run_continues_wherever_its_state_lies(config, budgets, tmp_path, order):
+def test_a_run_continues_wherever_its_state_lies(config, budgets, plain, tmp_path, order):
     workdir = tmp_path / "moved"
     for share, steps in zip(order, (2, 4), strict=True):
         config.optimizer.device_budget_gb, config.train.steps = budgets[share], steps
         run(config, workdir)
     host = [row["optimizer_host_bytes"] for row in rows(workdir)]
     assert [bool(host[1]), bool(host[2])] == [share != EVERYTHING for share in order]
-    assert final_state(config, workdir) == final_state(config, tmp_path / "plain")
+    assert final_state(config, workdir) == plain.state
 
 
 def test_a_restored_state_lies_where_it_was_planned(config, budgets, tmp_path, monkeypatch):
@@ -178,13 +182,32 @@ def out_of_memory(times):
     return lambda compiled, budget, state, of=fitting.Fit.of: wrap(of(compiled, budget, state))
 
 
-def test_out_of_memory_once_moves_the_state_and_goes_on(config, budgets, tmp_path, monkeypatch):
+def test_out_of_memory_once_moves_the_state_and_goes_on(config, plain, tmp_path, monkeypatch):
     monkeypatch.setattr(stepping.Fit, "of", out_of_memory(1))
     _, text = run(config, tmp_path / "short")
-    assert "out of device memory with rows of 48 tokens" in text
+    assert "out of device memory; from now on" in text
     host = [row["optimizer_host_bytes"] for row in rows(tmp_path / "short")]
     assert all(host) and len(host) == 4
-    assert final_state(config, tmp_path / "short") == final_state(config, tmp_path / "plain")
+    assert final_state(config, tmp_path / "short") == plain.state
+
+
+def test_a_device_that_says_what_it_has_is_believed(config, plain, tmp_path, monkeypatch):
+    """Not enough from the start on; after two steps something else takes all that is left."""
+    row, others = plain.rows[0], [0]
+    peak, state = row["step_device_bytes"], row["optimizer_device_bytes"]
+
+    def memory(device):
+        return {"limit": peak - state // 10 + stepping._SLACK, "in_use": others[0]}
+
+    def take(step, row):
+        others[0] = 2**40 if step == 2 else others[0]
+
+    monkeypatch.setattr(stepping, "device_memory", memory)
+    _, text = run(config, tmp_path / "short", on_step=take)
+    host = [row["optimizer_host_bytes"] for row in rows(tmp_path / "short")]
+    assert text.count("of device memory left; from now on") == 1
+    assert 0 < host[0] == host[1] < host[2] == host[3]
+    assert final_state(config, tmp_path / "short") == plain.state
 
 
 def test_out_of_memory_for_good_names_what_would_fit(config, tmp_path, monkeypatch):

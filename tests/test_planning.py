@@ -15,7 +15,7 @@ from qlora_jax import config as config_lib
 from qlora_jax import planning
 from qlora_jax.errors import UserError, WeightsError
 from qlora_jax.models.shapes import SHAPES, model_shape
-from qlora_jax.optim.paged import state_bytes
+from qlora_jax.placement import bytes_by_memory
 from qlora_jax.targets import find_target
 from qlora_jax.training import fitting
 
@@ -116,7 +116,7 @@ def test_a_plan_adds_up(config):
 def fake_compile(config, state_budget=None, *, target):
     """A row takes a third of a device's memory; beside it the optimizer's state, if it is there."""
     run = planning.abstract_run(config, target, state_budget)
-    state = state_bytes(run.state.opt_state)
+    state = bytes_by_memory(run.state.opt_state)
     peak = target.memory_bytes // 3 * run.batch["tokens"].shape[1]
     peak += state["device"]
     memory = {

@@ -30,20 +30,7 @@ from qlora_jax.training.step import init_state
 from qlora_jax.training.stepping import Steps
 from qlora_jax.training.workdir import Workdir
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_each_program_once(tmp_path_factory):
-    """Most tests compile the same step; a cache on disk keeps the file fast."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 
 
 @pytest.fixture

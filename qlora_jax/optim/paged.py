@@ -8,8 +8,8 @@ the device or in the host's pinned memory, and the update walks over them:
     for page i:   fetch state i   ->   update slice i of the parameters   ->   send state i back
 
 Left to itself, XLA would fetch everything first and hold it all. So the fetch of page i depends on
-the update of page i - 2: at most three pages are on their way in and three on their way out, and
-these copies run beside the update of the page between them.
+the update of page i - 2: at most three pages are on the device at once, one coming, one being
+updated and one going, and the copies run beside the update.
 
 The inner transformation is not rewritten. It is traced once, over the tree of pages, and what it
 does to a page is found in its program by following what each result depends on; that is then run
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,16 +30,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.optim.program import Program, Run
+from qlora_jax.placement import leaf_bytes, tree_bytes
 
 # Leaves with fewer elements stay on the device: there is nothing to gain by moving them.
 LEAST_ELEMENTS = 100_000
-# State in a page. Three are on the device on their way in, three on their way out; smaller ones
-# leave the copies nothing to hide behind.
+# State in a page. Three are on the device at once, each with room for its old and its new state;
+# smaller ones leave the copies nothing to hide behind.
 PAGE_BYTES = 16 << 20
 
 
@@ -152,17 +151,17 @@ def paged(
 def check_paging(make: Callable[[int | None], optax.GradientTransformation]) -> bool:
     """Whether this device computes the same bits from state in the host's memory as from its own.
 
-    Three steps over a few megabytes, once at start-up: a compiler that gets host memory wrong gives
+    Three steps over four pages, once at start-up: a compiler that gets host memory wrong gives
     wrong numbers and no error.
 
     Args:
         make: the optimizer, given the bytes of state that it may have on the device.
 
-    >>> check_paging(lambda budget: paged(optax.adamw(1e-3), budget, page_bytes=1 << 19))
+    >>> check_paging(lambda budget: paged(optax.adamw(1e-3), budget))
     True
     """
     rng = np.random.default_rng(0)
-    params = {name: rng.standard_normal((8, 40_000)).astype(np.float32) for name in "ab"}
+    params = {name: rng.standard_normal((8, 400_000), np.float32) for name in "ab"}
 
     def final(budget: int | None) -> PyTree:
         tx = make(budget)
@@ -179,53 +178,8 @@ def check_paging(make: Callable[[int | None], optax.GradientTransformation]) -> 
             weights, state = step(weights, state)
         return jax.device_get((weights, state))
 
-    same = jax.tree.map(lambda a, b: np.array_equal(a, b), final(None), final(0))
+    same = jax.tree.map(np.array_equal, final(None), final(0))
     return all(jax.tree.leaves(same))
-
-
-def eval_placed(function: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    """Like `jax.eval_shape`, and the result says what lies in the host's memory.
-
-    Args:
-        function: anything that can be jitted.
-        *args: arrays or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-        `jax.ShapeDtypeStruct`s; those in the host's memory have a sharding of that memory kind.
-
-    >>> tx = paged(optax.adamw(1e-3), device_budget_bytes=0)
-    >>> params = {"lora_a": jax.ShapeDtypeStruct((4, 50_000), jnp.float32)}
-    >>> eval_placed(tx.init, params)[0].mu["lora_a"].sharding.memory_kind
-    'pinned_host'
-    """
-    host = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
-    traced = jax.jit(function).trace(*args)
-    leaves = []
-    for aval in traced.jaxpr.out_avals:
-        sharding = host if aval.memory_space == jax.memory.Space.Host else None
-        leaves.append(
-            jax.ShapeDtypeStruct(
-                aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type
-            )
-        )
-    return jax.tree.structure(traced.out_info).unflatten(leaves)
-
-
-def state_bytes(state: PyTree) -> dict[str, int]:
-    """Bytes of a state by the memory that they lie in; also of an abstract state.
-
-    >>> state_bytes({"mu": jnp.zeros(3), "nu": jnp.zeros(3)})
-    {'device': 24, 'pinned_host': 0}
-    """
-    found = {"device": 0, "pinned_host": 0}
-    for leaf in jax.tree.leaves(state):
-        kind = getattr(getattr(leaf, "sharding", None), "memory_kind", None)
-        found["pinned_host" if kind == "pinned_host" else "device"] += _bytes(leaf)
-    return found
-
-
-def _bytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,8 +220,8 @@ class _Pages:
     def __init__(self, inner: optax.GradientTransformation, params: PyTree, page_bytes: int):
         params = _abstract(params)
         leaves = jax.tree.leaves(params)
-        whole = jax.tree.leaves(jax.eval_shape(inner.init, params))
-        per_element = sum(map(_bytes, whole)) / max(1, sum(x.size for x in leaves))
+        state = jax.eval_shape(inner.init, params)
+        per_element = tree_bytes(state) / max(1, sum(x.size for x in leaves))
         pieces = []
         for index, leaf in enumerate(leaves):
             rows = leaf.shape[0] if leaf.ndim > 1 else 1
@@ -286,7 +240,7 @@ class _Pages:
         self._elements = tuple(leaves[piece.leaf].size for piece in pieces)
         split = self.split(params)
         state = jax.eval_shape(inner.init, split)
-        self._sizes = tuple(map(_bytes, jax.tree.leaves(state)))
+        self._sizes = tuple(map(leaf_bytes, jax.tree.leaves(state)))
         owners = _owners(Program(inner.update, split, state, split), len(pieces), len(self._sizes))
         self.state_of = tuple(
             tuple(i for i, owner in enumerate(owners) if owner == page)

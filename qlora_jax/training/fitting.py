@@ -25,7 +25,8 @@ from qlora_jax.loading import read_config
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.shapes import model_shape
-from qlora_jax.optim.paged import eval_placed, state_bytes
+from qlora_jax.placement import bytes_by_memory, eval_placed
+from qlora_jax.targets import peak_bytes
 from qlora_jax.training.building import (
     adapt_model,
     build_loss,
@@ -88,23 +89,28 @@ class Fit:
     @property
     def pages(self) -> bool:
         """Whether some of the optimizer's state lies in the host's memory."""
-        return state_bytes(self.state.opt_state)["pinned_host"] > 0
+        return bytes_by_memory(self.state.opt_state)["pinned_host"] > 0
 
     @classmethod
     def of(cls, compiled: Compiled, state_budget: int | None, state: TrainState) -> Fit:
         """Reads the memory plan."""
         memory = compiled.memory_analysis()
-        peak, host = (
-            getattr(memory, f"{where}argument_size_in_bytes")
-            + getattr(memory, f"{where}temp_size_in_bytes")
-            + getattr(memory, f"{where}output_size_in_bytes")
-            - getattr(memory, f"{where}alias_size_in_bytes")
-            for where in ("", "host_")
-        )
-        moved = state_bytes(state)["pinned_host"]
+        peak, host = peak_bytes(memory), peak_bytes(memory, "host_")
+        moved = bytes_by_memory(state)["pinned_host"]
         if moved and not host:  # a CPU counts everything as its own
             peak, host = peak - moved, moved
         return cls(compiled, state_budget, state, peak, host)
+
+
+def device_budget(config: config_dict.ConfigDict, memory_bytes: int | None) -> int | None:
+    """Bytes of device memory that a step may take; None: no limit is known.
+
+    Args:
+        config: `optimizer.device_budget_gb` is a limit of its own.
+        memory_bytes: what the device has for programs, if that is known.
+    """
+    limits = (memory_bytes, int(config.optimizer.device_budget_gb * 1e9))
+    return min((limit for limit in limits if limit), default=None)
 
 
 def abstract_run(

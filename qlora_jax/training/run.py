@@ -28,7 +28,7 @@ from qlora_jax.errors import CheckpointError, TrainingError
 from qlora_jax.generation import generate
 from qlora_jax.metrics import MetricsWriter, plot_loss
 from qlora_jax.neftune import add_embedding_noise
-from qlora_jax.optim.paged import eval_placed
+from qlora_jax.placement import eval_placed, place_abstract, tree_bytes
 from qlora_jax.report import Report, format_bytes, format_count, measure
 from qlora_jax.training.building import (
     build_loss,
@@ -51,7 +51,7 @@ from qlora_jax.training.step import (
     evaluate_loss,
     init_state,
 )
-from qlora_jax.training.stepping import Steps, place_abstract
+from qlora_jax.training.stepping import Steps
 from qlora_jax.training.workdir import Workdir, explain_os_error
 
 OnStep = Callable[[int, Mapping[str, float]], None]
@@ -271,9 +271,8 @@ class _Run:
     def _prepare_directory(self) -> None:
         tx, _ = build_optimizer(self.config, self.steps)
         state = jax.eval_shape(lambda lora: init_state(lora, tx, self.config.seed), self.lora)
-        state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         # one more than is kept: a new checkpoint is whole before the oldest goes
-        self.directory.check_space((self.config.checkpoint.keep + 1) * state_bytes + 2**24)
+        self.directory.check_space((self.config.checkpoint.keep + 1) * tree_bytes(state) + 2**24)
         (self.directory / "result.json").unlink(missing_ok=True)
         self.directory.write_text("config.json", config_lib.to_json(self.config))
 

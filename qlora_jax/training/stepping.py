@@ -8,19 +8,18 @@ step wants the state elsewhere, the state is moved; after the spike it comes bac
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import optax
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree
 from ml_collections import config_dict
 
 from qlora_jax import errors
 from qlora_jax.memory_limits import host_limits
 from qlora_jax.metrics import device_memory
-from qlora_jax.optim.paged import check_paging, eval_placed, state_bytes
+from qlora_jax.optim.paged import check_paging
+from qlora_jax.placement import bytes_by_memory, eval_placed, place, place_abstract
 from qlora_jax.report import Report, format_bytes
 from qlora_jax.training.building import build_optimizer
 from qlora_jax.training.fitting import (
@@ -28,6 +27,7 @@ from qlora_jax.training.fitting import (
     abstract_batch,
     abstract_run,
     as_flags,
+    device_budget,
     find_settings,
     fit_state,
 )
@@ -41,17 +41,8 @@ from qlora_jax.training.step import (
 )
 
 
-def device_budget(config: config_dict.ConfigDict, device: jax.Device) -> int | None:
-    """Bytes of the device's memory that a step may take; None: no limit is known.
-
-    Args:
-        config: `optimizer.device_budget_gb` is a limit of its own.
-        device: that the run is on.
-    """
-    limits = [int(config.optimizer.device_budget_gb * 1e9)]
-    if memory := device_memory(device):
-        limits.append(memory["bytes_limit"])
-    return min((limit for limit in limits if limit), default=None)
+# Device memory that no plan gets: what is rounded up, and what is split by it.
+_SLACK = 64 << 20
 
 
 class Steps:
@@ -59,7 +50,6 @@ class Steps:
 
     Attributes:
         fits: by length, ascending.
-        least: abstract state with as much of it in the host's memory as in any of the fits.
     """
 
     def __init__(
@@ -93,7 +83,8 @@ class Steps:
         self._lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
         self._total_steps, self._loss_fn, self._report = total_steps, loss_fn, report
         self._device = jax.devices()[0]
-        self._budget = device_budget(config, self._device)
+        room = self._room(lora, frozen)
+        self._budget = device_budget(config, room and room - _SLACK)
         self.fits = {
             length: fit_state(functools.partial(self._compile, length), self._budget)
             for length in lengths
@@ -115,7 +106,7 @@ class Steps:
             line = f"rows of {length} tokens: {format_bytes(fit.peak_bytes)} of device memory"
             if self._budget is not None:
                 line += f" (there are {format_bytes(self._budget)})"
-            moved = state_bytes(fit.state.opt_state)["pinned_host"]
+            moved = bytes_by_memory(fit.state.opt_state)["pinned_host"]
             if moved:
                 line += f"; in the host's {format_bytes(moved)} of optimizer state, read and "
                 line += "written once a step"
@@ -184,15 +175,22 @@ class Steps:
         """One step, see `make_train_step`; its metrics say where its memory is."""
         length = batch["tokens"].shape[-1]
         fit = self.fits[length]
+        room = self._room(state, frozen)
+        if room is not None and fit.peak_bytes > room and fit.state_budget != 0:
+            budget = device_budget(self._config, room - _SLACK)
+            fit = fit_state(functools.partial(self._compile, length), budget)
+            self._evict(length, fit, f"there are only {format_bytes(room)} of device memory left")
         state = place(state, fit.state, self._device)
         while True:
             try:
                 state, metrics = fit.compiled(state, frozen, batch)
                 break
             except jax.errors.JaxRuntimeError as error:
-                fit = self._evict(length, state, error)  # once; then it raises
+                self._check_recoverable(length, state, error)
+                fit = self._compile(length, 0)  # once
+                self._evict(length, fit, "out of device memory")
                 state = place(state, fit.state, self._device)
-        where = state_bytes(fit.state.opt_state)
+        where = bytes_by_memory(fit.state.opt_state)
         plan = {
             "step_device_bytes": fit.peak_bytes,
             "optimizer_device_bytes": where["device"],
@@ -200,67 +198,46 @@ class Steps:
         }
         return state, {**metrics, **plan}
 
-    def _evict(self, length: int, state: TrainState, error: Exception) -> Fit:
-        """Plans a length anew after its step found less memory than there was to be.
+    def _room(self, *arguments: PyTree) -> int | None:
+        """Bytes of the device that a step with these arguments may take in all.
 
-        Something else may take memory of the device: another process, a display, fragments. Once,
-        all state that can goes to the host.
+        Something else may have taken some: arrays of this process that are no arguments, say. None:
+        the device does not say.
+        """
+        memory = device_memory(self._device)
+        if memory is None or "limit" not in memory:
+            return None
+        ours = sum(bytes_by_memory(tree)["device"] for tree in arguments)
+        return memory["limit"] - max(0, memory["in_use"] - ours)
+
+    def _check_recoverable(self, length: int, state: TrainState, error: Exception) -> None:
+        """Whether a step that failed can be taken again with less memory.
 
         Raises:
-            TrainingError: that is where it is already, or the state is lost: the step had begun.
+            TrainingError: all state that can is in the host's memory already, or the state is
+                lost: the step had begun.
         """
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise error
         begun = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-        if begun or self.fits[length].state_budget == 0:
-            budget = int(0.9 * self.fits[length].peak_bytes)
-            changes = find_settings(self._config, self._compile_other, budget)
-            remedy = f"Continue with {as_flags(changes)}" if changes else "Take a larger device"
-            raise errors.TrainingError(
-                f"the device ran out of memory in a step with rows of {length} tokens, planned at "
-                f"{format_bytes(self.fits[length].peak_bytes)}; does another process use it? "
-                f"{remedy}. What was saved last is as it was.\n  {str(error).splitlines()[0]}"
-            ) from error
-        self.fits[length] = fit = self._compile(length, 0)
+        if not begun and self.fits[length].state_budget != 0:
+            return
+        budget = int(0.9 * self.fits[length].peak_bytes)
+        changes = find_settings(self._config, self._compile_other, budget)
+        remedy = f"Continue with {as_flags(changes)}" if changes else "Take a larger device"
+        raise errors.TrainingError(
+            f"the device ran out of memory in a step with rows of {length} tokens, planned at "
+            f"{format_bytes(self.fits[length].peak_bytes)}; does another process use it? "
+            f"{remedy}. What was saved last is as it was.\n  {str(error).splitlines()[0]}"
+        ) from error
+
+    def _evict(self, length: int, fit: Fit, why: str) -> None:
+        """Takes another step for rows of a length, with less of the state on the device."""
         self._check(length, fit)
-        moved = state_bytes(fit.state.opt_state)["pinned_host"]
+        self.fits[length] = fit
+        moved = bytes_by_memory(fit.state.opt_state)["pinned_host"]
         self._report.line(
-            f"out of device memory with rows of {length} tokens: {format_bytes(moved)} of the "
-            "optimizer's state move to the host, and the step is taken again",
+            f"{why}; from now on {format_bytes(moved)} of the optimizer's state are in the host's "
+            f"memory in steps with rows of {length} tokens",
             style="yellow",
         )
-        return fit
-
-
-def place_abstract(like: TrainState, device: jax.Device) -> TrainState:
-    """Abstract state with a sharding on every leaf: on the device, or in the host's memory."""
-
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = SingleDeviceSharding(device, memory_kind=_kind(leaf))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(placed, like)
-
-
-def place(state: TrainState, like: TrainState, device: jax.Device) -> TrainState:
-    """Moves what lies in another memory than `like` says, leaf by leaf.
-
-    Args:
-        state: arrays; those that move are deleted, so that at most one of them is there twice.
-        like: the same tree, abstract.
-        device: of both.
-    """
-
-    def placed(leaf: Array, wanted: Any) -> Array:
-        sharding = SingleDeviceSharding(device, memory_kind=_kind(wanted))
-        found = jax.device_put(leaf, sharding)
-        if leaf.sharding.memory_kind != sharding.memory_kind:
-            jax.block_until_ready(found)
-            leaf.delete()  # JAX donates within one memory only
-        return found
-
-    return jax.tree.map(placed, state, like)
-
-
-def _kind(leaf: Any) -> str:
-    return getattr(getattr(leaf, "sharding", None), "memory_kind", None) or "device"
