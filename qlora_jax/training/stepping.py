@@ -40,7 +40,6 @@ from qlora_jax.training.step import (
     make_train_step,
 )
 
-
 # Device memory that no plan gets: what is rounded up, and what is split by it.
 _SLACK = 64 << 20
 
