@@ -217,7 +217,8 @@ def _has_flash_attention(
 ) -> bool:
     dtype, _ = choose_compute_dtype(config.model.compute_dtype, target.device)
     with devices.tracing_for(target.device):
-        return implementation(dtype, shape.head_dim, length, length) == "cudnn"
+        softcap = shape.attn_logit_softcapping
+        return implementation(dtype, shape.head_dim, length, length, softcap) == "cudnn"
 
 
 def _largest_weight(shape: LlamaConfig) -> int:

@@ -149,7 +149,7 @@ def packed_linears(checkpoint: Checkpoint) -> dict[str, PackedFormat]:
         return {path.removesuffix("/kernel"): kind for path, kind in checkpoint.formats.items()}
     found: dict[str, dict[PackedFormat | None, list[Slot]]] = {}
     for name in checkpoint.names() if checkpoint.formats else ():
-        slot, kind = find_slot(name, checkpoint.style), checkpoint.formats.get(name)
+        slot, kind = find_slot(name, checkpoint.naming), checkpoint.formats.get(name)
         if slot is not None and slot.path.endswith("/kernel"):
             found.setdefault(slot.path, {}).setdefault(kind, []).append(slot)
         elif kind is not None and slot is not None:
@@ -161,7 +161,7 @@ def packed_linears(checkpoint: Checkpoint) -> dict[str, PackedFormat]:
         if len(kinds) > 1:
             listing = "; ".join(
                 f"{kind or 'not in 4 bits'} ({len(slots)} layers, for example "
-                f"{tensor_name(slots[0], checkpoint.style)})"
+                f"{tensor_name(slots[0], checkpoint.naming)})"
                 for kind, slots in kinds.items()
             )
             raise WeightsError(

@@ -78,5 +78,7 @@ def add_embedding_noise(model: nnx.Module, alpha: float, seed: int) -> nnx.Modul
     """
     if alpha:
         rngs = nnx.Rngs(dropout=jax.random.fold_in(jax.random.key(seed), 0x6E65))
+        if getattr(model.config, "scale_embeddings", False):  # the noise is for what comes out
+            alpha /= math.sqrt(model.config.hidden_size)
         model.embed_tokens = NoisyEmbed(model.embed_tokens, alpha=alpha, rngs=rngs)
     return model

@@ -43,8 +43,9 @@ from qlora_jax.models.llama import Llama
 from qlora_jax.quantized import QuantizedTensor
 from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint, open_checkpoint
 from qlora_jax.weights import bitsandbytes as bnb
+from qlora_jax.weights.fused import FUSED_NAMINGS
 from qlora_jax.weights.matching import match_tensors
-from qlora_jax.weights.names import tensor_name
+from qlora_jax.weights.names import naming_of, tensor_name
 from qlora_jax.weights.safetensors import DTYPE_NAMES, read_header
 from qlora_jax.weights.stacked import INDEX, PARTS, VERSION, map_entry
 from qlora_jax.weights.writing import FolderWriter, Piece, TensorSpec, split_into_files
@@ -270,6 +271,13 @@ class _Bitsandbytes(_Layout):
 
     def __init__(self, source: Checkpoint, variables: Mapping[str, nnx.Variable]):
         super().__init__(source, variables)
+        self.naming = naming_of(self.config()["model_type"], "hf")
+        if self.naming in FUSED_NAMINGS:
+            raise ConfigError(
+                f"{source.path}: transformers has several projections of this family "
+                f"({self.config()['model_type']}) in one tensor, whose 4-bit blocks would not be "
+                "those of its parts. Choose format qlora_jax."
+            )
         for path, kind in self.formats.items():
             if kind.quant_type not in bnb.QUANT_TYPES:
                 raise ConfigError(
@@ -288,7 +296,7 @@ class _Bitsandbytes(_Layout):
         groups = []
         for name, slot in self.plan.items():
             target, dtype = self.targets[slot.path], self.dtype(name, slot)
-            shape, name = Rule.of(slot, target).shape, tensor_name(slot, "hf")
+            shape, name = Rule.of(slot, target).shape, tensor_name(slot, self.naming)
             if slot.path not in self.formats:
                 groups.append({name: TensorSpec(shape, dtype)})
                 continue
@@ -300,7 +308,7 @@ class _Bitsandbytes(_Layout):
         self, name: str, slot: Slot, weight: Any, rule: Rule
     ) -> tuple[list[Piece], dict[str, bytes]]:
         """What to write for one tensor of the input."""
-        dtype, written = self.dtype(name, slot), tensor_name(slot, "hf")
+        dtype, written = self.dtype(name, slot), tensor_name(slot, self.naming)
         if rule.quantize is None:
             return [Piece(written, 0, weight.astype(dtype, copy=False))], {}
         if not is_quantized(weight):
@@ -323,8 +331,13 @@ class _Bitsandbytes(_Layout):
         if said:
             return said
         kinds = list(self.formats.values())
-        dense = {path.split("/")[-2] for path in self.targets if path.endswith("/kernel")}
-        dense -= {path.split("/")[-2] for path in self.formats}
+
+        def last_name(path: str) -> str:
+            slot = Slot(path, 0 if path.startswith("layers/") else None)
+            return tensor_name(slot, self.naming).split(".")[-2]
+
+        dense = {last_name(path) for path in self.targets if path.endswith("/kernel")}
+        dense -= {last_name(path) for path in self.formats}
         skip = None
         if dense - {"lm_head"} or "lm_head/kernel" in self.formats:
             head = set() if "lm_head/kernel" in self.formats else {"lm_head"}

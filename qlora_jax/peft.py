@@ -29,7 +29,8 @@ from qlora_jax.lora import lora_scaling
 from qlora_jax.nnx_linear import QLoRALinear
 from qlora_jax.tree import join_path
 from qlora_jax.weights import Slot
-from qlora_jax.weights.names import find_slot, tensor_name
+from qlora_jax.weights.fused import FUSED_NAMINGS
+from qlora_jax.weights.names import find_slot, naming_of, tensor_name
 from qlora_jax.weights.peft import open_adapter, read_adapter_tensor, tensor_names, write_adapter
 from qlora_jax.weights.peft_config import PeftConfig
 from qlora_jax.weights.safetensors import Entry
@@ -65,7 +66,8 @@ def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
             f"the model has adapters already ({', '.join(adapted)}), and a second one cannot "
             "be put on top; load the model anew, or merge them first (merge_model)."
         )
-    names = {place: _module_names(place, linear) for place, linear in modules.items()}
+    naming = _naming(model)
+    names = {place: _module_names(place, linear, naming) for place, linear in modules.items()}
     sizes = {
         name: (modules[place].in_features, modules[place].out_features)
         for place in modules
@@ -136,9 +138,10 @@ def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str
     config = _peft_config(adapted) | {"base_model_name_or_path": base_model}
     tensors: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     values: dict[str, Callable[[], Any]] = {}
+    naming = _naming(model)
     for place, linear in adapted.items():
         adapter = linear.adapter
-        for layer, module in enumerate(_module_names(place, linear)):
+        for layer, module in enumerate(_module_names(place, linear, naming)):
             index = (layer,) if linear.leading_shape else ()
             file_names = tensor_names(module, config["use_dora"])
             for name, array in zip(file_names, adapter.values(), strict=True):
@@ -158,17 +161,28 @@ def _linears(model: nnx.Module) -> dict[str, QLoRALinear]:
     }
 
 
-def _module_names(place: str, linear: QLoRALinear) -> list[str]:
+def _naming(model: nnx.Module) -> str:
+    """How transformers names the modules of a model."""
+    naming = naming_of(getattr(getattr(model, "config", None), "model_type", None), "hf")
+    if naming in FUSED_NAMINGS:
+        raise ConfigError(
+            f"adapters of {model.config.model_type} models cannot be exchanged with PEFT: in "
+            "transformers several of its projections are one layer, which has one adapter."
+        )
+    return naming
+
+
+def _module_names(place: str, linear: QLoRALinear, naming: str) -> list[str]:
     """The Hugging Face name of each layer of a stack, or of the one layer that is in none."""
     leading = linear.leading_shape
     names = []
     for layer in range(leading[0]) if leading else (None,):
         slot = Slot(f"{place}/kernel", layer)
-        name = tensor_name(slot, "hf")
-        if find_slot(name, "hf") != slot:
+        name = tensor_name(slot, naming)
+        if find_slot(name, naming) != slot:
             raise ConfigError(
                 f"{place} has no name in PEFT; adapters can be exchanged for the models that "
-                "load_model makes (Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3)."
+                "load_model makes (Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, OPT)."
             )
         names.append(name.removesuffix(".weight"))
     return names

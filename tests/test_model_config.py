@@ -143,7 +143,7 @@ def test_sliding_windows(settings, window, full_layers):
 
 
 @pytest.mark.parametrize(
-    "model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "gemma2", "phi3", "llama4", None]
+    "model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "gemma", "phimoe", "llama4", None]
 )
 def test_other_families_are_refused_with_what_is_supported(model_type):
     with pytest.raises(WeightsError, match=f"model_type {model_type!r}.*{', '.join(SUPPORTED)}"):

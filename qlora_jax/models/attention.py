@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.devices import current_target
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.norm import make_norm
 from qlora_jax.models.rope import apply_rope
 
 # The segment id of a slot that nothing was written to; no token may carry it.
@@ -98,7 +98,7 @@ def attention_mask(
     query_slots: Int[Array, " T"],
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
 ) -> Bool[Array, "B 1 T S"]:
     """True where a query may look at a key: not later, of the same segment, within the window.
 
@@ -120,12 +120,24 @@ def grouped_attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "#B 1 T S"],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """`jax.nn.dot_product_attention` for the CPU: the same values, a faster backward pass.
 
     The query heads that share a key head are laid behind each other as more rows of one matrix
     product, with the batch axes in front, where the CPU's matrix product wants them in forward and
     backward pass alike. Softmax is in float32.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      mask: who sees whom.
+      scale: of the scores; None: 1 / sqrt(H).
+      softcap: scores become `softcap * tanh(scores / softcap)` before they are masked (Gemma 2,
+        arXiv 2408.00118, section 2); None: they stay.
 
     >>> q, k = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 2, 2, 8))
     >>> grouped_attention(q, k, k, jnp.ones((1, 1, 2, 2), bool)).shape
@@ -137,7 +149,10 @@ def grouped_attention(
     q = q.reshape(batch, kv_heads, group * length, head_dim)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
-    scores = (scores * head_dim**-0.5).reshape(batch, kv_heads, group, length, span)
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = scores.reshape(batch, kv_heads, group, length, span)
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     weights = weights.reshape(batch, kv_heads, group * length, span)
@@ -147,17 +162,18 @@ def grouped_attention(
 
 
 def implementation(
-    dtype, head_dim: int, query_len: int, key_len: int
+    dtype, head_dim: int, query_len: int, key_len: int, softcap: float | None = None
 ) -> Literal["grouped", "cudnn", "xla"]:
     """Which implementation suits these shapes on the device that is traced for.
 
-    "grouped" is `grouped_attention`; the others are those of `jax.nn.dot_product_attention`.
+    "grouped" is `grouped_attention`; the others are those of `jax.nn.dot_product_attention`, which
+    cannot cap scores.
 
     >>> implementation(jnp.float32, head_dim=64, query_len=256, key_len=256)
     'grouped'
     """
     target = current_target()
-    if target.platform == "cpu":
+    if target.platform == "cpu" or softcap is not None:
         return "grouped"
     # cuDNN's flash attention: 16-bit types, NVIDIA sm_80 or newer, and, with a mask, even lengths.
     fits = (
@@ -174,8 +190,11 @@ def attend(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "#B 1 T S"] | None,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     query_chunk: int = 0,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention by the implementation that suits the device.
 
@@ -184,9 +203,11 @@ def attend(
       k: keys.
       v: values.
       mask: who sees whom; None: the causal mask of one sequence a row, which cuDNN need not read.
-      window: where `mask` is None, how far back a query sees.
+      window: where `mask` is None, how far back a query sees; an array where layers differ in it.
       query_chunk: where the implementation holds the scores, those of how many queries at a time,
         and none of them for the backward pass; 0: of all. cuDNN never holds them.
+      scale: of the scores; None: 1 / sqrt(H).
+      softcap: see `grouped_attention`.
 
     Returns:
       The weighted values.
@@ -196,18 +217,20 @@ def attend(
     (1, 2, 2, 8)
     """
     length, span = q.shape[1], k.shape[1]
-    chosen = implementation(q.dtype, q.shape[-1], length, span)
+    chosen = implementation(q.dtype, q.shape[-1], length, span, softcap)
     if chosen != "cudnn" and 0 < query_chunk < length:
-        return _attend_by_queries(q, k, v, mask, window, query_chunk)
+        scores = dict(scale=scale, softcap=softcap)
+        return _attend_by_queries(q, k, v, mask, window, query_chunk, scores)
+    if mask is None and (chosen == "grouped" or isinstance(window, jax.Array)):
+        mask = _causal_mask(jnp.arange(length), span, window)
     if chosen == "grouped":
-        if mask is None:
-            mask = _causal_mask(jnp.arange(length), span, window)
-        return grouped_attention(q, k, v, mask)
+        return grouped_attention(q, k, v, mask, scale=scale, softcap=softcap)
     return jax.nn.dot_product_attention(
         q,
         k,
         v,
         mask=mask,
+        scale=scale,
         is_causal=mask is None,
         local_window_size=(window - 1, 0) if mask is None and window is not None else None,
         implementation=chosen,
@@ -215,14 +238,14 @@ def attend(
 
 
 def _causal_mask(
-    query_slots: Int[Array, " T"], span: int, window: int | None
+    query_slots: Int[Array, " T"], span: int, window: int | Int[Array, ""] | None
 ) -> Bool[Array, "1 1 T S"]:
     """`attention_mask` of one segment."""
     ones = jnp.ones((1, query_slots.shape[0])), jnp.ones((1, span))
     return attention_mask(query_slots, *ones, window)
 
 
-def _attend_by_queries(q, k, v, mask, window, chunk):
+def _attend_by_queries(q, k, v, mask, window, chunk, scores):
     """`attend` for a chunk of queries after the other, so that only their scores exist."""
     (batch, length), dtype = q.shape[:2], k.dtype
     count = -(-length // chunk)
@@ -241,11 +264,27 @@ def _attend_by_queries(q, k, v, mask, window, chunk):
         index, q, mask = scanned
         if mask is None:
             mask = _causal_mask(index * chunk + jnp.arange(chunk), k.shape[1], window)
-        return attend(q, k.astype(dtype), v.astype(dtype), mask)
+        return attend(q, k.astype(dtype), v.astype(dtype), mask, **scores)
 
     xs = jnp.arange(count), cut(q, 1), None if mask is None else cut(mask, 2)
     y = jnp.moveaxis(jax.lax.map(some, xs), 0, 1)
     return y.reshape(batch, count * chunk, *y.shape[3:])[:, :length]
+
+
+def score_options(config: LlamaConfig) -> dict[str, float | None]:
+    """What a family does to the scores, as arguments of `attend`.
+
+    >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16, head_dim=4,
+    ...     num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+    ...     query_pre_attn_scalar=16.0, attn_logit_softcapping=50.0)
+    >>> score_options(config)
+    {'scale': 0.25, 'softcap': 50.0}
+    """
+    scalar = config.query_pre_attn_scalar
+    return {
+        "scale": None if scalar is None else scalar**-0.5,
+        "softcap": config.attn_logit_softcapping,
+    }
 
 
 class Attention(nnx.Module):
@@ -269,14 +308,15 @@ class Attention(nnx.Module):
         self.v_proj = linear(hidden, config.num_key_value_heads * head_dim, config.qkv_bias)
         self.o_proj = linear(config.num_attention_heads * head_dim, hidden, config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, param_dtype=param_dtype)
-            self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, param_dtype=param_dtype)
+            self.q_norm = make_norm(config, head_dim, param_dtype=param_dtype)
+            self.k_norm = make_norm(config, head_dim, param_dtype=param_dtype)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rope: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]],
+        rope: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]] | None,
         mask: Bool[Array, "B 1 T S"] | None,
+        window: int | Int[Array, ""] | None,
         cache: KVCache | None,
         layer: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -284,9 +324,10 @@ class Attention(nnx.Module):
 
         Args:
           x: normalised input.
-          rope: cosines and sines of the positions of `x`.
+          rope: cosines and sines of the positions of `x`; None: nothing is rotated.
           mask: who sees whom; None stands for the causal (and windowed) mask of one unpacked
             sequence a row.
+          window: where `mask` is None, how far back a token sees.
           cache: keys and values of earlier tokens, or None.
           layer: this layer's index in the cache.
 
@@ -297,12 +338,12 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.append(layer, k, v)
             k, v = cache.layer(layer)
-        return self.output(attend(q, k, v, mask, self.config.sliding_window)), cache
+        return self.output(attend(q, k, v, mask, window, **score_options(self.config))), cache
 
     def project(
         self,
         x: Float[Array, "B T D"],
-        rope: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]],
+        rope: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]] | None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Rotated queries, rotated keys, and values of normalised input."""
 
@@ -315,6 +356,8 @@ class Attention(nnx.Module):
         v = heads(self.v_proj, "v_proj")
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if rope is None:
+            return q, k, v
         return apply_rope(q, *rope), apply_rope(k, *rope), v
 
     def output(self, y: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:

@@ -1,43 +1,20 @@
 """The shape of a decoder, read from a Hugging Face `config.json` or from GGUF metadata.
 
 One frozen dataclass describes every supported family; the families differ only in which biases,
-norms and windows they have. What a checkpoint leaves out is filled in with the defaults of its own
-family (transformers writes only some of them), and what this project cannot run is refused here,
-before any weight is read.
+norms and windows they have (`models.families`). What a checkpoint leaves out is filled in with the
+defaults of its own family (transformers writes only some of them), and what this project cannot run
+is refused here, before any weight is read.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from qlora_jax.errors import WeightsError
+from qlora_jax.models import families
 from qlora_jax.models.rope import RopeScaling
 
-# What a config.json that leaves a key out means by it.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "qwen2": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "qwen3": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "head_dim": 128,
-    },
-}
-_LINEAR_KEYS = ("factor",)
-_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
-SUPPORTED = tuple(_DEFAULTS)
+SUPPORTED = tuple(families.DEFAULTS)
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -55,13 +32,13 @@ class LlamaConfig:
       model_type: the family: one of `SUPPORTED`.
       vocab_size: rows of the embedding.
       hidden_size: width of the residual stream.
-      intermediate_size: width of the gated MLP.
+      intermediate_size: width of the MLP.
       num_hidden_layers: decoder layers.
       num_attention_heads: query heads.
       num_key_value_heads: key and value heads; divides `num_attention_heads`.
       head_dim: size of one head; not always `hidden_size / num_attention_heads`.
       max_position_embeddings: longest context, in tokens.
-      rms_norm_eps: added to the mean square in every norm.
+      rms_norm_eps: added to the mean square (in LayerNorms the variance) in every norm.
       rope_theta: base of the rotation frequencies.
       rope_scaling: stretch of the frequencies, or None.
       tie_word_embeddings: the output head is the embedding.
@@ -72,6 +49,19 @@ class LlamaConfig:
       sliding_window: a token sees itself and the `sliding_window - 1` before it; None: all before
         it.
       full_attention_layers: indices of the layers that ignore `sliding_window`.
+      hidden_act: the MLP's activation, a key of `llama.ACTIVATIONS`.
+      gated_mlp: the MLP has a gate.
+      norm: "rms"; "rms_plus_one", whose factor is 1 + scale; or "layer", LayerNorm with bias.
+      post_norms: attention and MLP have a norm behind them as well.
+      parallel_residual: attention and MLP of a layer have the same input.
+      scale_embeddings: the embedding is multiplied by sqrt(hidden_size).
+      position_offset: positions are learned, and position 0 has this row; None: not learned.
+      rotary_dim: how much of a head is rotated, from its start; None: all of it; 0: nothing.
+      rope_local_base_freq: `rope_theta` of the layers with a window, which are not stretched; None:
+        as the others.
+      query_pre_attn_scalar: scores are divided by its square root; None: by that of `head_dim`.
+      attn_logit_softcapping: see `attention.grouped_attention`; None: scores are not capped.
+      final_logit_softcapping: the same of the logits.
     """
 
     vocab_size: int
@@ -92,6 +82,18 @@ class LlamaConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     full_attention_layers: tuple[int, ...] = ()
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    post_norms: bool = False
+    parallel_residual: bool = False
+    scale_embeddings: bool = False
+    position_offset: int | None = None
+    rotary_dim: int | None = None
+    rope_local_base_freq: float | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     model_type: str = "llama"
 
     def __post_init__(self):
@@ -120,26 +122,22 @@ class LlamaConfig:
         ...     "num_key_value_heads": 1}).qkv_bias
         True
         """
+        config = families.text_config(config)
         model_type = config.get("model_type")
-        if model_type not in _DEFAULTS:
+        if model_type not in families.DEFAULTS:
             raise _unsupported(f"config.json has model_type {model_type!r}")
-        if missing := [key for key in _REQUIRED if config.get(key) is None]:
+        values = families.normalize(config)
+        if missing := [key for key in _REQUIRED if values.get(key) is None]:
             raise WeightsError(
                 f"config.json of this {model_type} model has no {', '.join(missing)}: "
                 "expected the complete config.json that belongs to the weights."
             )
         for key in _REQUIRED:
-            if not isinstance(config[key], int):
+            if not isinstance(values[key], int):
                 raise WeightsError(
-                    f"config.json has {key} {config[key]!r}, which must be a whole number."
+                    f"config.json has {key} {values[key]!r}, which must be a whole number."
                 )
-        if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise WeightsError(
-                f"config.json has hidden_act {activation!r}; only 'silu' is supported."
-            )
-        values = {**_DEFAULTS[model_type], **config}
         heads = values["num_attention_heads"]
-        attention_bias = bool(values.get("attention_bias")) and model_type in ("llama", "qwen3")
         return cls(
             **{key: values[key] for key in _REQUIRED},
             num_key_value_heads=values.get("num_key_value_heads") or heads,
@@ -147,13 +145,11 @@ class LlamaConfig:
             max_position_embeddings=values["max_position_embeddings"],
             rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-            qkv_bias=model_type == "qwen2" or attention_bias,
-            o_bias=attention_bias,
-            mlp_bias=model_type == "llama" and bool(values.get("mlp_bias")),
-            qk_norm=model_type == "qwen3",
             model_type=model_type,
-            **_hf_rope(values),
-            **_hf_windows(values),
+            hidden_act=families.activation(values),
+            **families.rope(values),
+            **families.windows(values),
+            **families.variants(values),
         )
 
     @classmethod
@@ -230,67 +226,9 @@ def _unsupported(
         found += f" with {experts} experts"
     return WeightsError(
         f"{found}, which is not supported. Supported are dense decoders of the families "
-        f"{', '.join(SUPPORTED)} (Llama 1 to 3.2, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3); "
-        "mixtures of experts are not."
+        f"{', '.join(SUPPORTED)} (Llama 1 to 3.2, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3, "
+        "Gemma 2 and 3, Phi-3 and 4, OPT, Pythia); mixtures of experts are not."
     )
-
-
-def _hf_rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling, from the keys of transformers 4 or 5."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
-    if (rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise WeightsError("config.json sets partial_rotary_factor, which is not supported.")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    needed = {"linear": _LINEAR_KEYS, "llama3": _LLAMA3_KEYS}.get(kind, ())
-    if missing := [key for key in needed if rope.get(key) is None]:
-        raise WeightsError(f"config.json has RoPE scaling {kind!r} without {', '.join(missing)}.")
-    if kind == "default":
-        scaling = None
-    elif kind == "linear":
-        scaling = RopeScaling("linear", factor=float(rope["factor"]))
-    elif kind == "llama3":
-        scaling = RopeScaling(
-            "llama3",
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position_embeddings=int(
-                rope.get("original_max_position_embeddings") or values["max_position_embeddings"]
-            ),
-        )
-    elif kind == "factors" and rope.get("factors"):  # of `to_hf`; no other project writes it
-        scaling = RopeScaling("factors", factors=tuple(rope["factors"]))
-    else:
-        raise WeightsError(
-            f"config.json has RoPE scaling {kind!r}; supported: 'default', 'linear', 'llama3'."
-        )
-    return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-def _hf_windows(values: Mapping[str, Any]) -> dict[str, Any]:
-    """sliding_window and full_attention_layers.
-
-    Mistral uses its window in every layer. Qwen2 and Qwen3 state one that is off unless
-    `use_sliding_window`, and then holds from layer `max_window_layers` on, unless `layer_types`
-    lists the layers one by one.
-    """
-    window, layers = values.get("sliding_window"), range(values["num_hidden_layers"])
-    family = values["model_type"]
-    if family == "llama" or not window:
-        return {}
-    if family == "mistral":
-        return {"sliding_window": window}
-    if not values.get("use_sliding_window"):
-        return {}
-    types = values.get("layer_types")
-    if types is not None:
-        full = tuple(i for i in layers if types[i] == "full_attention")
-    else:
-        full = tuple(i for i in layers if i < values["max_window_layers"])
-    if len(full) == len(layers):
-        return {}
-    return {"sliding_window": window, "full_attention_layers": full}
 
 
 def _gguf(metadata: Mapping[str, Any], arch: str, key: str, default: Any = None) -> Any:

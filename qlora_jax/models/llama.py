@@ -4,6 +4,11 @@
     for each layer:  x += attention(norm(x));  x += down(silu(gate(norm(x))) * up(norm(x)))
     logits = head(norm(x))
 
+What other families change in these three lines is in the config: Gemma scales the embedding, has
+norms behind attention and MLP too, and caps logits; OPT and GPT-NeoX have LayerNorms and an MLP
+without gate; OPT adds learned positions instead of rotating; GPT-NeoX computes attention and MLP of
+a layer from the same input.
+
 The layers are one module whose variables carry a leading layer axis, and `jax.lax.scan` walks over
 it: program size and compile time do not grow with depth. The scan splits the module into its graph
 and its state and puts it together again inside, so it does not matter what the linear layers are:
@@ -29,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qlora_jax.models.attention import Attention, KVCache, attention_mask
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.long_rows import layer_in_chunks
-from qlora_jax.models.norm import RMSNorm
+from qlora_jax.models.norm import make_norm
 from qlora_jax.models.rope import inverse_frequencies, rope_tables
 
 # What the backward pass finds stored, beside the input of every layer. The rest it computes again.
@@ -85,8 +90,16 @@ def _vocabulary_product_backward(residuals, g):
 vocabulary_product.defvjp(_vocabulary_product_forward, _vocabulary_product_backward)
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
 class MLP(nnx.Module):
-    """The gated MLP: `down(silu(gate(x)) * up(x))`."""
+    """The gated MLP, `down(silu(gate(x)) * up(x))`, or without gate `down(act(up(x)))`."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
         def linear(features_in: int, features_out: int) -> nnx.Linear:
@@ -99,16 +112,22 @@ class MLP(nnx.Module):
                 rngs=rngs,
             )
 
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.hidden_act = config.hidden_act
+        if config.gated_mlp:
+            self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        else:
+            self.gate_proj = None
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the MLP to every token."""
-        gate = checkpoint_name(self.gate_proj(x), "gate_proj")
-        up = checkpoint_name(self.up_proj(x), "up_proj")
+        activation, up = ACTIVATIONS[self.hidden_act], checkpoint_name(self.up_proj(x), "up_proj")
         # In float32 and rounded once: 16-bit steps in between would cost more than they save.
-        product = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        if self.gate_proj is None:
+            return self.down_proj(activation(up.astype(jnp.float32)).astype(up.dtype))
+        gate = checkpoint_name(self.gate_proj(x), "gate_proj")
+        product = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
         return self.down_proj(product.astype(gate.dtype))
 
 
@@ -117,10 +136,20 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
         kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        norm = dict(eps=config.rms_norm_eps, param_dtype=param_dtype)
-        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.config = config
+        self.input_layernorm = make_norm(config, config.hidden_size, param_dtype=param_dtype)
         self.self_attn = Attention(config, **kwargs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+        # Before the MLP, but with `post_norms` behind the attention, as Hugging Face calls them.
+        self.post_attention_layernorm = make_norm(
+            config, config.hidden_size, param_dtype=param_dtype
+        )
+        if config.post_norms:
+            self.pre_feedforward_layernorm = make_norm(
+                config, config.hidden_size, param_dtype=param_dtype
+            )
+            self.post_feedforward_layernorm = make_norm(
+                config, config.hidden_size, param_dtype=param_dtype
+            )
         self.mlp = MLP(config, **kwargs)
 
     def __call__(
@@ -128,15 +157,22 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """One layer; `attention_args` go to `Attention` behind the normalised input."""
         y, cache = self.self_attn(self.input_layernorm(x), *attention_args)
-        return self.feed_forward(x + y), cache
+        return self.finish(x, y), cache
 
-    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The layer's second half."""
+    def finish(self, x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The layer's output, of its input and the attention's output `y`."""
+        if self.config.parallel_residual:
+            return x + y + self.mlp(self.post_attention_layernorm(x))
+        if self.config.post_norms:
+            x = x + self.post_attention_layernorm(y)
+            y = self.mlp(self.pre_feedforward_layernorm(x))
+            return x + self.post_feedforward_layernorm(y)
+        x = x + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nnx.Module):
-    """A decoder-only language model of the Llama, SmolLM2, Mistral, Qwen2 or Qwen3 family.
+    """A decoder-only language model of one of the families in `config.SUPPORTED`.
 
     Args:
       config: the model's shape.
@@ -176,6 +212,11 @@ class Llama(nnx.Module):
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
+        if config.position_offset is not None:
+            rows = config.max_position_embeddings + config.position_offset
+            self.embed_positions = nnx.Embed(
+                rows, config.hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
 
         @nnx.split_rngs(splits=config.num_hidden_layers)
         @nnx.vmap
@@ -183,7 +224,7 @@ class Llama(nnx.Module):
             return DecoderLayer(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
         self.layers = stacked_layers(rngs)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, param_dtype=param_dtype)
+        self.norm = make_norm(config, config.hidden_size, param_dtype=param_dtype)
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
@@ -249,13 +290,28 @@ class Llama(nnx.Module):
             if segment_ids is None:
                 segment_ids = jnp.ones_like(tokens)
             cache = cache.append_segments(segment_ids)
-        masks = self._masks(slots, segment_ids, cache)
-        x, cache = self._scan_layers(self.embed_tokens(tokens), positions, masks, cache)
+        x, cache = self._scan_layers(
+            self._embed(tokens, positions), slots, positions, segment_ids, cache
+        )
         x = self.norm(x)
         return x if cache is None else (x, cache.advance(tokens.shape[1]))
 
+    def _embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        x = self.embed_tokens(tokens)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        if self.config.position_offset is not None:
+            x = x + self.embed_positions(positions + self.config.position_offset)
+        return x
+
     def head(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32 logits of final-normed hidden states."""
+        logits, cap = self._logits(hidden), self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         if self.lm_head is None:
             if type(self.embed_tokens) is not nnx.Embed:
                 return self.embed_tokens.attend(hidden).astype(jnp.float32)
@@ -268,41 +324,39 @@ class Llama(nnx.Module):
         """An empty cache with room for `max_len` tokens a row."""
         return KVCache.empty(self.config, batch_size, max_len, self.dtype)
 
-    def _masks(
-        self, slots: Int[Array, " T"], segment_ids: Int[Array, "B T"] | None, cache: KVCache | None
-    ) -> tuple[Bool[Array, "B 1 T S"] | None, Bool[Array, "B 1 T S"] | None]:
-        """The masks of layers with full attention and with a window; None: nothing but causal."""
-        mixed = bool(self.config.full_attention_layers)
-        if segment_ids is None and not mixed:
-            return None, None
-        if segment_ids is None:
-            segment_ids = jnp.ones((1, slots.shape[0]), jnp.int32)
-        key_segments = segment_ids if cache is None else cache.segment_ids
-        windowed = attention_mask(slots, segment_ids, key_segments, self.config.sliding_window)
-        if not mixed:
-            return windowed, windowed
-        return attention_mask(slots, segment_ids, key_segments), windowed
-
-    def _scan_layers(self, x, positions, masks, cache):
+    def _scan_layers(self, x, slots, positions, segment_ids, cache):
         config = self.config
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         in_chunks = cache is None and 0 < self.sequence_chunk < positions.size
-        # Chunks compute their rotations where they need them.
-        rope = None if in_chunks else rope_tables(positions, frequencies)
-        graphdef, state = nnx.split(self.layers)
-        full, windowed = masks
+        # How far back a layer sees; an array, and its masks in the scan, where layers differ.
+        differ = bool(config.full_attention_layers)
         indices = jnp.arange(config.num_hidden_layers)
         is_full = jnp.isin(indices, jnp.array(config.full_attention_layers, jnp.int32))
+        key_segments = segment_ids if cache is None else cache.segment_ids
+
+        def mask_of(window: Int[Array, ""] | int | None) -> Bool[Array, "B 1 T S"] | None:
+            if segment_ids is None:  # nothing but causal: `attend` knows that
+                return None
+            return attention_mask(slots, segment_ids, key_segments, window)
+
+        mask = None if differ else mask_of(config.sliding_window)
+        ropes = self._ropes(positions, in_chunks)
+        graphdef, state = nnx.split(self.layers)
 
         def body(carry, scanned):
             x, cache = carry
             state, layer, is_full = scanned
             x = checkpoint_name(x, "layer_input")
-            mask = windowed if full is windowed else jnp.where(is_full, full, windowed)
+            seen, window = mask, config.sliding_window
+            if differ:
+                window = jnp.where(is_full, jnp.iinfo(jnp.int32).max, window)
+                seen = mask_of(window)
+            rope = ropes[0]
+            if len(ropes) > 1:
+                rope = jax.tree.map(lambda full, local: jnp.where(is_full, full, local), *ropes)
             if in_chunks:
-                layer_args = (config, x, positions, frequencies, mask, self.sequence_chunk)
+                layer_args = (config, x, positions, rope, seen, window, self.sequence_chunk)
                 return (layer_in_chunks(graphdef, state, *layer_args), None), None
-            return nnx.merge(graphdef, state)(x, rope, mask, cache, layer), None
+            return nnx.merge(graphdef, state)(x, rope, seen, window, cache, layer), None
 
         if cache is None and self.remat != "none":
             # Inside a scan the compiler cannot merge recomputation and forward pass anyway.
@@ -310,3 +364,20 @@ class Llama(nnx.Module):
             body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
         (x, cache), _ = jax.lax.scan(body, (x, cache), (state, indices, is_full))
         return x, cache
+
+    def _ropes(self, positions: Int[Array, "B T"], in_chunks: bool) -> list:
+        """The rotations of layers with full attention and, where theirs differ, with a window.
+
+        Tables of cosines and sines; for chunks, which compute these where they need them, the
+        frequencies; None where nothing is rotated.
+        """
+        config, tables = self.config, []
+        if config.rotary_dim == 0:
+            return [None]
+        size = config.rotary_dim or config.head_dim
+        frequencies = [inverse_frequencies(size, config.rope_theta, config.rope_scaling)]
+        if config.rope_local_base_freq is not None:
+            frequencies.append(inverse_frequencies(size, config.rope_local_base_freq))
+        for one in frequencies:
+            tables.append(jnp.asarray(one) if in_chunks else rope_tables(positions, one))
+        return tables

@@ -33,7 +33,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from qlora_jax.models.attention import attend, implementation
+from qlora_jax.models.attention import attend, implementation, score_options
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.rope import rope_tables
 
@@ -46,8 +46,9 @@ def layer_in_chunks(
     config: LlamaConfig,
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
-    frequencies: Float[np.ndarray, " half"],
+    frequencies: Float[Array, " half"] | None,
     mask: Bool[Array, "#B 1 T T"] | None,
+    window: int | Int[Array, ""] | None,
     chunk: int,
 ) -> Float[Array, "B T D"]:
     """A decoder layer of rows that are too long to be computed at once.
@@ -58,8 +59,9 @@ def layer_in_chunks(
         config: the model's shape.
         x: the layer's input.
         positions: of every token in its own sequence.
-        frequencies: of the rotations, radians per position.
+        frequencies: of the rotations, radians per position; None: nothing is rotated.
         mask: who sees whom; None: the causal (and windowed) mask of one sequence a row.
+        window: where `mask` is None, how far back a token sees; an array where layers differ.
         chunk: tokens of a chunk.
 
     Returns:
@@ -72,17 +74,26 @@ def layer_in_chunks(
     def merge(state: PyTree, index: Array) -> Any:
         return nnx.merge(graphdef, fold_streams(state, index))
 
-    def project(state, index, x, positions):
-        layer, rope = merge(state, index), rope_tables(positions[None], frequencies)
+    def project(shared, index, x, positions):
+        state, frequencies = shared
+        layer, rope = merge(state, index), None
+        if frequencies is not None:
+            rope = rope_tables(positions[None], frequencies)
         q, k, v = layer.self_attn.project(layer.input_layernorm(x[None]), rope)
         return x, q[0], k[0], v[0]
 
     def finish(state, index, x, y):
         layer = merge(state, index)
-        return (layer.feed_forward(x[None] + layer.self_attn.output(y[None]))[0],)
+        return (layer.finish(x[None], layer.self_attn.output(y[None]))[0],)
 
-    def attend_head(q, k, v, mask):
-        return attend(q, k, v, mask, config.sliding_window, chunk)
+    # An array of the scan cannot be closed over below; it goes beside the mask.
+    of_layer = window if isinstance(window, jax.Array) else None
+    scores = score_options(config)
+
+    def attend_head(q, k, v, seen):
+        mask, of_layer = seen
+        reach = window if of_layer is None else of_layer
+        return attend(q, k, v, mask, reach, chunk, **scores)
 
     def flat(array: Array) -> Array:
         array = array.reshape(tokens, *array.shape[2:])
@@ -91,9 +102,11 @@ def layer_in_chunks(
     def rows(array: Array) -> Array:
         return array[:tokens].reshape(batch, length, *array.shape[1:])
 
-    x, *qkv = map_tokens(project, chunk, state, flat(x), flat(positions), keeps_x=True)
-    stores = implementation(x.dtype, config.head_dim, length, length) == "cudnn"
-    y = attend_by_heads(attend_head, *map(rows, qkv), mask, stores=stores)
+    shared = (state, frequencies)
+    x, *qkv = map_tokens(project, chunk, shared, flat(x), flat(positions), keeps_x=True)
+    kind = implementation(x.dtype, config.head_dim, length, length, scores["softcap"])
+    stores = kind == "cudnn"
+    y = attend_by_heads(attend_head, *map(rows, qkv), (mask, of_layer), stores=stores)
     (x,) = map_tokens(finish, chunk, state, x, flat(y))
     return rows(x)
 
@@ -241,7 +254,7 @@ def attend_by_heads(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "#B 1 T S"] | None,
+    mask: PyTree,
     *,
     stores: bool,
 ) -> Float[Array, "B T N H"]:
@@ -252,7 +265,7 @@ def attend_by_heads(
         q: queries.
         k: keys.
         v: values.
-        mask: passed on.
+        mask: passed on: an array, None, or several of these.
         stores: whether to keep what the backward pass of `attend` stores beside its inputs and
             output. Flash attention stores a number a query, others the scores: these are better
             computed again.
@@ -276,7 +289,7 @@ def attend_by_heads(
         value = value.reshape(*array.shape[:2], 1, *array.shape[3:])
         return jax.lax.dynamic_update_index_in_dim(array, value, index, axis=2)
 
-    def one(mask: Array | None, q: Array, k: Array, v: Array) -> Array:
+    def one(mask: PyTree, q: Array, k: Array, v: Array) -> Array:
         return attend(q, k, v, mask)
 
     @jax.custom_vjp

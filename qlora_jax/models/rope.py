@@ -90,10 +90,17 @@ def apply_rope(
 ) -> Float[Array, "B T N H"]:
     """Turns the heads of `x` by their positions' angles, in float32, and returns `x`'s dtype.
 
+    Where there are fewer angles than half the size of a head, the rest of the head stays (partial
+    rotary embeddings).
+
     >>> cos, sin = rope_tables(jnp.array([[0]]), inverse_frequencies(2, theta=100.0))
     >>> apply_rope(jnp.ones((1, 1, 1, 2)), cos, sin)
     Array([[[[1., 1.]]]], dtype=float32)
     """
-    real, imag = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotary_dim = 2 * cos.shape[-1]
+    real, imag = jnp.split(x[..., :rotary_dim].astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([real * cos - imag * sin, imag * cos + real * sin], axis=-1)
-    return turned.astype(x.dtype)
+    turned = turned.astype(x.dtype)
+    if rotary_dim == x.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, x[..., rotary_dim:]], axis=-1)

@@ -53,6 +53,65 @@ _QWEN_2_5 = {
     "use_sliding_window": False,
 }
 
+
+def _gemma2(
+    hidden: int, intermediate: int, layers: int, heads: int, kv: int, **more: Any
+) -> dict[str, Any]:
+    sizes = _llama(hidden, intermediate, layers, heads, kv=kv, tie_word_embeddings=True)
+    return sizes | {
+        "model_type": "gemma2",
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "sliding_window": 4096,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        **more,
+    }
+
+
+def _gemma3(
+    hidden: int, intermediate: int, layers: int, heads: int, kv: int, **more: Any
+) -> dict[str, Any]:
+    """The language model; pictures are seen by another one in front of it."""
+    sizes = _llama(hidden, intermediate, layers, heads, kv=kv, tie_word_embeddings=True)
+    return sizes | {
+        "model_type": "gemma3_text",
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window": 1024,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        **more,
+    }
+
+
+def _opt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": hidden,
+        "ffn_dim": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+    }
+
+
+def _pythia(hidden: int, layers: int, heads: int, vocab: int = 50304) -> dict[str, Any]:
+    return {
+        "model_type": "gpt_neox",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+    }
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "huggyllama/llama-7b": _llama(4096, 11008, 32, 32),
     "huggyllama/llama-13b": _llama(5120, 13824, 40, 40),
@@ -69,6 +128,41 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-14B": _llama(5120, 13824, 48, 40, kv=8, **_QWEN_2_5),
     "Qwen/Qwen2.5-32B": _llama(5120, 27648, 64, 40, kv=8, **_QWEN_2_5),
     "Qwen/Qwen2.5-72B": _llama(8192, 29568, 80, 64, kv=8, **_QWEN_2_5),
+    "google/gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4),
+    "google/gemma-2-9b": _gemma2(3584, 14336, 42, 16, 8),
+    "google/gemma-2-27b": _gemma2(4608, 36864, 46, 32, 16, head_dim=128, query_pre_attn_scalar=144),
+    "google/gemma-3-1b-pt": _gemma3(
+        1152, 6912, 26, 4, 1, vocab_size=262144, sliding_window=512, rope_scaling=None
+    )
+    | {"max_position_embeddings": 32768},
+    "google/gemma-3-4b-pt": _gemma3(2560, 10240, 34, 8, 4),
+    "google/gemma-3-12b-pt": _gemma3(3840, 15360, 48, 16, 8),
+    "google/gemma-3-27b-pt": _gemma3(
+        5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168
+    ),
+    "microsoft/Phi-3-mini-4k-instruct": _llama(
+        3072, 8192, 32, 32, model_type="phi3", vocab_size=32064, sliding_window=2047
+    )
+    | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "microsoft/phi-4": _llama(
+        5120, 17920, 40, 40, kv=10, model_type="phi3", vocab_size=100352, rope_theta=250000.0
+    )
+    | {"max_position_embeddings": 16384, "rms_norm_eps": 1e-5},
+    "facebook/opt-125m": _opt(768, 12, 12),
+    "facebook/opt-1.3b": _opt(2048, 24, 32),
+    "facebook/opt-2.7b": _opt(2560, 32, 32),
+    "facebook/opt-6.7b": _opt(4096, 32, 32),
+    "facebook/opt-13b": _opt(5120, 40, 40),
+    "facebook/opt-30b": _opt(7168, 48, 56),
+    "facebook/opt-66b": _opt(9216, 64, 72),
+    "EleutherAI/pythia-70m": _pythia(512, 6, 8),
+    "EleutherAI/pythia-160m": _pythia(768, 12, 12),
+    "EleutherAI/pythia-410m": _pythia(1024, 24, 16),
+    "EleutherAI/pythia-1b": _pythia(2048, 16, 8),
+    "EleutherAI/pythia-1.4b": _pythia(2048, 24, 16),
+    "EleutherAI/pythia-2.8b": _pythia(2560, 32, 32),
+    "EleutherAI/pythia-6.9b": _pythia(4096, 32, 32, vocab=50432),
+    "EleutherAI/pythia-12b": _pythia(5120, 36, 40, vocab=50688),
 }
 
 

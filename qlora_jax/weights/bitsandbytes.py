@@ -37,6 +37,7 @@ from pallas_kernels.formats import (
 from qlora_jax.errors import WeightsError
 from qlora_jax.quantized import QuantizedTensor
 from qlora_jax.weights.files import read_array
+from qlora_jax.weights.fused import FUSED_NAMINGS
 from qlora_jax.weights.packed import PackedFormat
 from qlora_jax.weights.safetensors import DTYPES, Entry, SafetensorsCheckpoint, read_entry
 
@@ -83,6 +84,12 @@ class BitsandbytesCheckpoint(SafetensorsCheckpoint):
         self._states: dict[str, _State] = {}
         self._parts: dict[str, dict[str, Entry | None]] = {}
         states = [name for name in self._entries if f".{STATE}" in name]
+        if self.naming in FUSED_NAMINGS and states:
+            raise WeightsError(
+                f"{path} has several projections in one 4-bit tensor ({states[0].split(STATE)[0]}"
+                "...), whose blocks cannot be divided. Take the 16-bit model, which is quantized "
+                "while it is loaded."
+            )
         for full_name in states:
             name, _, quant_type = full_name.partition(f".{STATE}")
             state = self._entries.pop(full_name)

@@ -23,13 +23,15 @@ class Checkpoint(Protocol):
 
     Attributes:
       path: the folder or file.
-      style: how the tensors are named.
+      style: the format, "hf" or "gguf".
+      naming: how the tensors are named, a key of `names.NAMINGS`.
       config: `config.json`, or GGUF's metadata.
       formats: of the tensors that are in 4 bits already, by name.
     """
 
     path: pathlib.Path
     style: Style
+    naming: str
     config: dict[str, Any]
     formats: Mapping[str, PackedFormat]
 

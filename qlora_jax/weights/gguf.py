@@ -6,7 +6,8 @@ memory through a map, and on a damaged header can loop without end. The quantize
 by `gguf.quants`.
 
 llama.cpp computes RoPE on interleaved pairs, so its converter reorders the rows of `attn_q` and
-`attn_k` of Llama-like models; `read` puts them back into the order of Hugging Face.
+`attn_k` of Llama-like models; `read` puts them back into the order of Hugging Face. For Gemma it
+adds 1 to the factors of the norms; `read` takes it off again.
 """
 
 import math
@@ -19,6 +20,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from qlora_jax.errors import WeightsError
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.weights.files import (
     empty_aligned,
     explain_bytes,
@@ -26,6 +28,8 @@ from qlora_jax.weights.files import (
     read_array,
     refuse_pickle,
 )
+from qlora_jax.weights.fused import FUSED_NAMINGS, find_fused, fused_modules, piece_name
+from qlora_jax.weights.names import naming_of
 from qlora_jax.weights.packed import PackedFormat
 
 SUPPORTED_TYPES = (
@@ -64,7 +68,8 @@ class GGUFCheckpoint:
 
     Attributes:
       path: the file.
-      style: "gguf", how the tensors are named.
+      style: "gguf", the format.
+      naming: how the architecture names its tensors.
       config: the metadata, with GGUF's own keys (`llama.block_count`, `tokenizer.ggml.tokens`, …).
       formats: of tensors that are taken in 4 bits; there are none, GGUF's own types are decoded.
     """
@@ -86,6 +91,9 @@ class GGUFCheckpoint:
         refuse_pickle(path)
         with open(path, "rb") as file:
             self.config, self._entries = _Header(path, file).parse()
+        self.naming = naming_of(self.config.get("general.architecture"), "gguf")
+        if self.naming in FUSED_NAMINGS:
+            self._entries = _split_fused(self._entries, self.config)
         self._head_counts = _permuted_heads(self.config)
 
     def names(self) -> list[str]:
@@ -119,6 +127,8 @@ class GGUFCheckpoint:
         entry = self._entries[name]
         with open(self.path, "rb", buffering=0) as file:
             array = _read_decoded(file, entry)
+        if self.naming == "gguf_gemma" and name.endswith("norm.weight"):
+            array = array - np.float32(1)
         if heads := self._head_counts.get(name.split(".")[-2] if "." in name else name):
             return unpermute_rows(array, heads)
         return array
@@ -157,6 +167,23 @@ def _permuted_heads(config: dict[str, Any]) -> dict[str, int]:
             "number of heads are not supported."
         )
     return {"attn_q": heads, "attn_k": key_value_heads}
+
+
+def _split_fused(entries: dict[str, _Entry], config: dict[str, Any]) -> dict[str, _Entry]:
+    """Puts the pieces of fused tensors in their place; see `weights.fused`."""
+    modules = fused_modules(LlamaConfig.from_gguf(config))
+    split: dict[str, _Entry] = {}
+    for name, entry in entries.items():
+        fused = find_fused(name, modules)
+        if fused is None or entry.shape[:1] != (fused.rows,):
+            split[name] = entry
+            continue
+        offset = entry.offset
+        for index, rows in enumerate(fused.sizes):
+            split[piece_name(name, index)] = _Entry(offset, (rows, entry.shape[1]), entry.type)
+            block, block_bytes = GGML_QUANT_SIZES[entry.type]
+            offset += rows * entry.shape[1] // block * block_bytes
+    return split
 
 
 def _read_decoded(file: BinaryIO, entry: _Entry) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from qlora_jax.errors import WeightsError
 from qlora_jax.weights.checkpoint import Checkpoint
-from qlora_jax.weights.names import Slot, Style, find_slot, is_ignored, tensor_name
+from qlora_jax.weights.names import Slot, find_slot, is_ignored, tensor_name
 
 _READABLE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _HEAD = Slot("lm_head/kernel", None)
@@ -28,11 +28,11 @@ def match_tensors(
     Raises:
       WeightsError: lists all tensors that are missing, not expected, or of another shape or dtype.
     """
-    style = checkpoint.style
+    naming = checkpoint.naming
     plan: dict[str, Slot] = {}
     extra, wrong = [], []
     for name in checkpoint.names():
-        slot = find_slot(name, style)
+        slot = find_slot(name, naming)
         if slot in wanted:
             plan[name] = slot
             shape, dtype = checkpoint.shape(name), str(checkpoint.dtype(name))
@@ -40,14 +40,14 @@ def match_tensors(
                 wrong.append((slot, f"is {list(shape)}, must be {list(wanted[slot])}"))
             elif dtype not in _READABLE_DTYPES:
                 wrong.append((slot, f"is {dtype}, must be one of {', '.join(_READABLE_DTYPES)}"))
-        elif not is_ignored(name, style) and slot != _HEAD:
+        elif not is_ignored(name, naming) and slot != _HEAD:
             extra.append((slot, "" if slot else name))
     missing = [(slot, "") for slot in wanted.keys() - set(plan.values())]
     if missing or extra or wrong:
         lines = [
-            *(f"missing: {line}" for line in _by_layer(missing, style)),
-            *(f"not expected: {line}" for line in _by_layer(extra, style)),
-            *(f"does not fit: {line}" for line in _by_layer(wrong, style)),
+            *(f"missing: {line}" for line in _by_layer(missing, naming)),
+            *(f"not expected: {line}" for line in _by_layer(extra, naming)),
+            *(f"does not fit: {line}" for line in _by_layer(wrong, naming)),
         ]
         raise WeightsError(
             f"{checkpoint.path}: {len(missing)} tensors are missing, {len(extra)} are not expected "
@@ -58,16 +58,16 @@ def match_tensors(
     return plan
 
 
-def _by_layer(found: Iterable[tuple[Slot | None, str]], style: Style) -> list[str]:
+def _by_layer(found: Iterable[tuple[Slot | None, str]], naming: str) -> list[str]:
     """Writes one line for the same finding in many layers: "blk.{0-29}.attn_q.weight"."""
     layers: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
     for slot, detail in found:
         if slot is None:
             layers[detail, ""] += []
         elif slot.layer is None:
-            layers[tensor_name(slot, style), detail] += []
+            layers[tensor_name(slot, naming), detail] += []
         else:
-            pattern = tensor_name(slot._replace(layer=0), style).replace(".0.", ".{}.", 1)
+            pattern = tensor_name(slot._replace(layer=0), naming).replace(".0.", ".{}.", 1)
             layers[pattern, detail].append(slot.layer)
     lines = []
     for (pattern, detail), indices in sorted(layers.items()):

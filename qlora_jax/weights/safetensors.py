@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from qlora_jax.errors import WeightsError
+from qlora_jax.models import families
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.weights.files import (
     PICKLE_SUFFIXES,
     explain_bytes,
@@ -22,6 +24,8 @@ from qlora_jax.weights.files import (
     read_array,
     refuse_pickle,
 )
+from qlora_jax.weights.fused import FUSED_NAMINGS, find_fused, fused_modules, piece_name
+from qlora_jax.weights.names import naming_of
 from qlora_jax.weights.packed import PackedFormat
 
 DTYPES = {
@@ -46,12 +50,23 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies."""
+    """Where a tensor lies.
+
+    Attributes:
+      path: of the file.
+      offset: of its first byte.
+      shape: of the tensor.
+      dtype: of the tensor.
+      runs: into how many runs of equal length its bytes are divided.
+      step: bytes from the start of one run to that of the next.
+    """
 
     path: pathlib.Path
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
+    runs: int = 1
+    step: int = 0
 
 
 class SafetensorsCheckpoint:
@@ -59,8 +74,10 @@ class SafetensorsCheckpoint:
 
     Attributes:
       path: the folder.
-      style: "hf", how the tensors are named.
-      config: the contents of `config.json`.
+      style: "hf", the format.
+      naming: how the family names its tensors.
+      config: the contents of `config.json`; of a model that also sees pictures, of its language
+        model.
       formats: of the 4-bit tensors by name; there are none here.
     """
 
@@ -76,7 +93,9 @@ class SafetensorsCheckpoint:
           WeightsError: something is missing, damaged or a pickle.
         """
         self.path = path
-        self.config = read_json(path / "config.json", "the model's configuration")
+        config = read_json(path / "config.json", "the model's configuration")
+        self.config = families.text_config(config)
+        self.naming = naming_of(self.config.get("model_type"), "hf")
         self.formats: dict[str, PackedFormat] = {}
         self._entries: dict[str, Entry] = {}
         for file, wanted in _find_shards(path).items():
@@ -87,6 +106,7 @@ class SafetensorsCheckpoint:
                     f"are in it: {', '.join(sorted(absent)[:10])}. Download both files again."
                 )
             self._entries |= found
+        self._entries = _split_fused(self._entries, self.config)
 
     def names(self) -> list[str]:
         """Returns the names of all tensors in the order of the files."""
@@ -118,7 +138,32 @@ class SafetensorsCheckpoint:
 def read_entry(entry: Entry) -> np.ndarray:
     """Reads a tensor from its place into memory of its own."""
     with open(entry.path, "rb", buffering=0) as file:
-        return read_array(file, entry.offset, entry.shape, entry.dtype)
+        if entry.runs == 1:
+            return read_array(file, entry.offset, entry.shape, entry.dtype)
+        shape = (entry.shape[0] // entry.runs, *entry.shape[1:])
+        offsets = [entry.offset + run * entry.step for run in range(entry.runs)]
+        return np.concatenate([read_array(file, start, shape, entry.dtype) for start in offsets])
+
+
+def _split_fused(entries: dict[str, Entry], config: dict[str, Any]) -> dict[str, Entry]:
+    """Puts the pieces of fused tensors in their place; see `weights.fused`."""
+    if naming_of(config.get("model_type"), "hf") not in FUSED_NAMINGS:
+        return entries
+    modules = fused_modules(LlamaConfig.from_hf(config))
+    split: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        fused = find_fused(name, modules)
+        if fused is None or entry.shape[:1] != (fused.rows,):
+            split[name] = entry
+            continue
+        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        step, offset = sum(fused.sizes) * row, entry.offset
+        for index, size in enumerate(fused.sizes):
+            shape = (fused.piece_rows(index), *entry.shape[1:])
+            piece = Entry(entry.path, offset, shape, entry.dtype, fused.groups, step)
+            split[piece_name(name, index)] = piece
+            offset += size * row
+    return split
 
 
 def read_json(path: pathlib.Path, purpose: str) -> dict[str, Any]:
