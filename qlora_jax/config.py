@@ -122,6 +122,9 @@ def get_config() -> config_dict.ConfigDict:
     data.on_bad_record = "error"
     # 0: all of them.
     data.max_records = 0
+    # Where tokens are kept, so that the next start need not tokenize again: a folder | auto
+    # (~/.cache/qlora_jax/tokens) | none (not at all: they are in memory).
+    data.cache_dir = "auto"
 
     config.optimizer = optimizer = config_dict.ConfigDict()
     # adamw | adamw8bit (moments in 8 bits: 2 bytes a parameter, not 8) | lion (one moment: 4 bytes;

@@ -72,6 +72,7 @@ _RULES = {
     "data.eval_fraction": _FRACTION,
     "data.on_bad_record": _one_of("error", "skip"),
     "data.max_records": _at_least(0),
+    "data.cache_dir": _Rule(bool, "a folder, or auto, or none"),
     "optimizer.name": _one_of("adamw", "adamw8bit", "lion"),
     "optimizer.learning_rate": _POSITIVE_FINITE,
     "optimizer.schedule": _one_of("constant", "linear", "cosine"),

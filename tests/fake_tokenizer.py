@@ -59,6 +59,10 @@ class FakeTokenizer:
         longest_first = sorted(self.vocabulary, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) + "|.", re.DOTALL)
 
+    @property
+    def fingerprint(self):
+        return repr(sorted((k, v) for k, v in vars(self).items() if k != "pattern"))
+
     def encode(self, text):
         if self.dummy_prefix and text and not text.startswith(tuple(SPECIAL)):
             text = " " + text

@@ -69,6 +69,7 @@ def test_the_whole_base():
             "deduplicate": False,
             "on_bad_record": "error",
             "max_records": 0,
+            "cache_dir": "auto",
         },
         "optimizer": {
             "name": "adamw",

@@ -99,7 +99,7 @@ def test_no_record_of_the_evaluation_file_is_trained_on_when_deduplicating(confi
 def test_duplicates_are_the_same_words_in_all_messages():
     records = [Record("a:1", "x", **pair("A b", "c")), Record("a:2", "x", **pair("a  B", "C"))]
     records += [Record("a:3", "x", **pair("a b", "d")), Record("a:4", "text", text="a b c")]
-    kept = drop_duplicates(records, set())
+    kept = drop_duplicates(records)
     assert [record.record_id for record in kept] == ["a:1", "a:3"]
 
 

@@ -62,7 +62,7 @@ def tiny_config(model: pathlib.Path, data: pathlib.Path):
     config = config_lib.load_config(REPOSITORY / "configs" / "smollm2_135m.py")
     config.model.path, config.data.path, config.data.format = str(model), str(data), "auto"
     config.model.block_size = 32
-    config.data.max_len = 48
+    config.data.max_len, config.data.cache_dir = 48, "none"
     # Of the schedules the one that does not depend on the number of steps, which tests change.
     config.optimizer.schedule = "constant"
     config.lora.rank, config.lora.dropout = 4, 0.2

@@ -28,11 +28,13 @@ from qlora_jax.data.chat_formats import ChatFormat as ChatFormat
 from qlora_jax.data.masking import Example as Example
 from qlora_jax.data.masking import tokenize_records as tokenize_records
 from qlora_jax.data.tokenizer import Tokenizer as Tokenizer
+from qlora_jax.data.token_cache import load_tokenized as load_tokenized
 
 # Batches
 from qlora_jax.data.batches import Batch as Batch
 from qlora_jax.data.batches import BatchIterator as BatchIterator
 from qlora_jax.data.batches import eval_batches as eval_batches
+from qlora_jax.data.example_arrays import Examples as Examples
 from qlora_jax.data.row_order import split as split
 
 # Looking at it

@@ -14,6 +14,7 @@ import codecs
 import csv
 import fnmatch
 import gzip
+import itertools
 import json
 import pathlib
 import re
@@ -228,7 +229,7 @@ def _row(row: list[str], header: Sequence[str]) -> dict[str, str] | BadField:
 def _paragraphs(path: pathlib.Path) -> Iterator[Item]:
     """A text is its paragraphs: what blank lines part."""
     start, lines = 0, []
-    for number, line in enumerate([*_text_lines(path), ""], start=1):
+    for number, line in enumerate(itertools.chain(_text_lines(path), [""]), start=1):
         if line.strip():
             start = start if lines else number
             lines.append(line.rstrip("\r\n"))

@@ -39,7 +39,7 @@ RECORD = np.dtype(
         ("largest_token", "<i4"),
         ("question_chars", "<i4"),  # of a conversation; -1: plain text
         ("truncated", "?"),
-        ("digest", "V12"),  # of its words, see `overlap`
+        ("digest", "<u8"),  # of its words, see `overlap`
     ]
 )
 COLUMNS = {"tokens": "<i4", "loss_mask": "u1", "ids": "u1", "questions": "u1", "records": RECORD}
@@ -128,7 +128,7 @@ class TableWriter:
     def add(
         self,
         example: Example,
-        digest: bytes = bytes(12),
+        digest: int = 0,
         question: Question = "",
     ) -> None:
         """Appends a record.

@@ -14,7 +14,7 @@ does not learn to stop. The paper's code loses it; `paper_exact` does the same.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -113,17 +113,42 @@ def tokenize_records(
     >>> examples[0].tokens.tolist(), examples[0].loss_mask.tolist()
     ([0, 1, 2], [0, 1, 1])
     """
+    records, own_report = list(records), report is None
+    report = report or DataReport(records=len(records))
+    options = (max_len, train_on, on_bad_record, literal, source_max_len, target_max_len)
+    tokenized = tokenize_each(records, tokenizer, report, *options, paper_exact)
+    examples = [example for _, example in tokenized if len(example.tokens)]
+    if own_report:
+        report.log()
+    return examples
+
+
+def tokenize_each(
+    records: Iterable[Record],
+    tokenizer: ChatTokenizer,
+    report: DataReport,
+    max_len: int,
+    train_on: TrainOn = "assistant",
+    on_bad_record: Literal["error", "skip"] = "error",
+    literal: bool = False,
+    source_max_len: int = 0,
+    target_max_len: int = 0,
+    paper_exact: bool = False,
+) -> Iterator[tuple[Record, Example]]:
+    """As `tokenize_records`, one by one.
+
+    Yields:
+        Every record and its example, which has no tokens where the record is skipped or dropped.
+    """
     if max_len < 3:
         raise DataError(
             f"max_len={max_len}: need room for at least a prompt, an answer and its end token"
         )
     if train_on not in ("assistant", "all"):
         raise DataError(f"train_on={train_on!r} is not one of assistant, all")
-    records, own_report = list(records), report is None
-    report = report or DataReport(records=len(records))
-    examples: list[Example] = []
-    dropped: list[tuple[str, list[Turn]]] = []
+    any_loss, nothing_to_learn, dropped = False, "", 0
     for record in records:
+        nothing = Example(np.zeros(0, np.int32), np.zeros(0, np.int32), record.record_id)
         try:
             if paper_exact:
                 turns = [paper_turn(record, tokenizer)]
@@ -133,6 +158,7 @@ def tokenize_records(
             if on_bad_record == "error":
                 raise DataError(f"{record.record_id}: {problem}") from None
             report.skip(f"{record.record_id}: {problem}")
+            yield record, nothing
             continue
         if paper_exact:
             example = paper_example(turns[0], source_max_len, target_max_len, record.record_id)
@@ -142,15 +168,17 @@ def tokenize_records(
         if not example.loss_mask.any():
             reason = f"{record.record_id}: {_why_no_loss(turns, max_len)}"
             report.drop(reason)
-            dropped.append((reason, turns))
+            dropped += 1
+            nothing_to_learn = nothing_to_learn or _nothing_to_learn(reason, turns, tokenizer)
+            yield record, nothing
             continue
+        any_loss = True
         report.truncated += example.truncated
-        examples.append(example)
-    if not examples and dropped:
-        raise DataError(_nothing_to_learn(*dropped[0], len(dropped), tokenizer))
-    if own_report:
-        report.log()
-    return examples
+        yield record, example
+    if dropped and not any_loss:
+        raise DataError(
+            f"no token of any of the {dropped} records carries loss; {nothing_to_learn}"
+        )
 
 
 def record_turns(
@@ -334,14 +362,12 @@ def _why_no_loss(turns: Sequence[Turn], max_len: int) -> str:
     return "tokens: found a single token, need at least two to predict one from the other"
 
 
-def _nothing_to_learn(
-    reason: str, turns: Sequence[Turn], count: int, tokenizer: ChatTokenizer
-) -> str:
+def _nothing_to_learn(reason: str, turns: Sequence[Turn], tokenizer: ChatTokenizer) -> str:
     ids = [*turns[0].context, *turns[0].target]
     sample = tokenizer.decode(ids[:200], skip_special_tokens=False)
     return "\n".join(
         [
-            f"no token of any of the {count} records carries loss; the first of them:",
+            "the first of them:",
             f"  {reason}",
             *(f"  | {line}" for line in sample.splitlines()[:12]),
             "raise max_len (data.max_len) or shorten the prompts",

@@ -18,6 +18,7 @@ from qlora_jax.errors import DataError, nearest
 
 OnBadRecord = Literal["error", "skip"]
 FORMATS = ("auto", *LINE_FORMATS, "mmlu_cot")
+_SHOWN = 3
 
 
 def load_records(
@@ -27,22 +28,20 @@ def load_records(
     max_records: int = 0,
     report: DataReport | None = None,
 ) -> list[Record]:
-    """Reads the records of a file or of a directory of files.
+    """Reads the records of a file or of a directory of files, all at once.
 
     Args:
-        path: a file or directory, or whatever else `resolve_path` takes.
-        format: a name of `LINE_FORMATS`, "mmlu_cot", the name of a set of `SETS`, or "auto":
-            decided once for each file by the keys of its first readable object.
-        on_bad_record: "error" stops at the first bad record; "skip" leaves bad ones out.
-        max_records: stop after this many good records; 0 reads all.
+        path: see `read_records`.
+        format: see `read_records`.
+        on_bad_record: see `read_records`.
+        max_records: see `read_records`.
         report: takes the counts; without one, skipped records are reported in the log.
 
     Returns:
         The records in the order of the files, at least one.
 
     Raises:
-        DataError: for a bad record (or for every record, when skipping), an unknown format, or a
-            file that is missing, empty, or not of a kind that is read.
+        DataError: see `read_records`.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
@@ -51,38 +50,67 @@ def load_records(
     >>> records[0].messages[1]["content"]
     '4'
     """
+    counts = report or DataReport()
+    records = list(read_records(path, format, on_bad_record, max_records, counts))
+    if report is None:
+        counts.log()
+    return records
+
+
+def read_records(
+    path: str | pathlib.Path,
+    format: str,
+    on_bad_record: OnBadRecord,
+    max_records: int,
+    report: DataReport,
+) -> Iterator[Record]:
+    """Reads records one by one, so that a file may be larger than memory.
+
+    Only a `.json` file, one list or object, is parsed as a whole.
+
+    Args:
+        path: a file or directory, or whatever else `resolve_path` takes.
+        format: a name of `LINE_FORMATS`, "mmlu_cot", the name of a set of `SETS`, or "auto":
+            decided once for each file by the keys of its first readable object.
+        on_bad_record: "error" stops at the first bad record; "skip" leaves bad ones out.
+        max_records: stop after this many good records; 0 reads all.
+        report: takes the counts.
+
+    Yields:
+        The records in the order of the files, at least one.
+
+    Raises:
+        DataError: for a bad record (or for every record, when skipping), an unknown format, or a
+            file that is missing, empty, or not of a kind that is read.
+    """
     _check_choice("format", format, tuple(dict.fromkeys((*FORMATS, *SETS))))
     _check_choice("on_bad_record", on_bad_record, ("error", "skip"))
     files = find_files(path, set_files(format))
-    own_report = report is None
-    report = report or DataReport()
-    records: list[Record] = []
-    problems: list[str] = []
+    count, problems = 0, []
     for where, item in (found for file in files for found in _read(file, format)):
         if isinstance(item, Record):
-            records.append(item)
+            count += 1
+            report.records += 1
+            yield item
         elif on_bad_record == "error":
             raise DataError(
                 f"{where}: {item}\n(correct it; data.on_bad_record=skip leaves such records out)"
             )
         else:
-            problems.append(f"{where}: {item}")
-            report.skip(problems[-1])
-        if max_records and len(records) >= max_records:
+            report.skip(f"{where}: {item}")
+            if len(problems) < _SHOWN:
+                problems.append(f"{where}: {item}")
+        if max_records and count >= max_records:
             break
-    report.records += len(records)
-    if not records:
-        raise DataError(_no_record(path, problems))
-    if own_report:
-        report.log()
-    return records
+    if not count:
+        raise DataError(_no_record(path, report.skipped, problems))
 
 
-def _no_record(path: str | pathlib.Path, problems: list[str]) -> str:
+def _no_record(path: str | pathlib.Path, count: int, problems: list[str]) -> str:
     if not problems:
         return f"{path} holds nothing but blank lines, need JSON Lines with {NEED_KEYS}"
-    head = f"{path}: all {len(problems)} records are bad; the first of them:"
-    return "\n".join([head, *(f"  {problem}" for problem in problems[:3])])
+    head = f"{path}: all {count} records are bad; the first of them:"
+    return "\n".join([head, *(f"  {problem}" for problem in problems)])
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -46,6 +46,13 @@ class DataReport:
         self.dropped += 1
         self._sample(message)
 
+    def merge(self, other: "DataReport") -> None:
+        """Adds the account of other records."""
+        for name in ("records", "skipped", "truncated", "dropped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for message in other.samples:
+            self._sample(message)
+
     def _sample(self, message: str) -> None:
         if len(self.samples) < _SAMPLES:
             self.samples.append(message)

@@ -1,24 +1,31 @@
-"""The data of a run: what is trained on, what is held out, and one question to ask."""
+"""The data of a run: what is trained on, what is held out, and one question to ask.
+
+Every source is tokenized as a whole, or found in the cache of tokens. What is decided after that
+takes no time: duplicates, what is held out, and how often an epoch shows a source.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt64
 from ml_collections import config_dict
 
 from qlora_jax import hub
-from qlora_jax.data import masking, records, row_order
-from qlora_jax.data.data_files import find_files
+from qlora_jax.data import records, row_order
+from qlora_jax.data.example_arrays import Examples, Question, Table
 from qlora_jax.data.mixture import Source, parse_mixture, repeat
-from qlora_jax.data.overlap import drop_duplicates
+from qlora_jax.data.overlap import digest, first_of_equal
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.sets import SETS, set_files
+from qlora_jax.data.token_cache import default_cache_dir, load_tokenized
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import DataError
-from qlora_jax.files import fingerprint, resolve_path
-
-_TEXT_PROMPT_WORDS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +38,15 @@ class TrainingData:
         question: a held-out record's prompt, in the form `generate` takes; None without one.
         fingerprint: content hash of the data file, and of the held-out file if there is one.
         report: what was left out, and why.
+        cached: whether all of it had been tokenized before.
     """
 
-    train: list[masking.Example]
-    heldout: list[masking.Example]
-    question: str | list[dict[str, str]] | None
+    train: Examples
+    heldout: Examples
+    question: Question | None
     fingerprint: str
     report: DataReport
+    cached: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Portion:
 def load_training_data(
     config: config_dict.ConfigDict, tokenizer: Tokenizer, vocab_size: int | None = None
 ) -> TrainingData:
-    """Reads, splits and tokenizes what the configuration names.
+    """Reads, tokenizes and divides what the configuration names.
 
     Args:
         config: a whole configuration.
@@ -69,41 +78,68 @@ def load_training_data(
         DataError: a record is bad (with `on_bad_record="error"`), nothing is left to train on, or a
             token has no row in the embedding.
     """
-    report = DataReport()
-    portions = load_portions(config, report)
-
-    def tokenize(chosen: list[records.Record], name: str) -> list[masking.Example]:
-        return masking.tokenize_records(
-            chosen,
+    sources = reading_order(config)
+    found = [
+        load_tokenized(
+            source.path,
+            source.name,
             tokenizer,
-            report=report,
+            cache_dir=cache_dir(config),
             on_bad_record=config.data.on_bad_record,
-            **token_options(config, name),
+            max_records=0 if only_heldout else config.data.max_records,
+            **token_options(config, source.name),
         )
-
-    train, heldout = [], []
-    for portion in portions:
-        name, weight = portion.source.name, portion.source.weight
-        train += repeat(tokenize(portion.train, name), weight, config.seed)
-        heldout += tokenize(portion.heldout, name) if portion.heldout else []
-    if not train:
+        for source, only_heldout in sources
+    ]
+    report = DataReport()
+    for one in found:
+        report.merge(one.report)
+    tables = [one.table for one in found]
+    divided = divide(config, [table.records["digest"] for table in tables], report)
+    chosen: dict[str, list[int]] = {"train": [], "heldout": []}
+    start = 0
+    for (source, _), table, (train, heldout) in zip(sources, tables, divided, strict=True):
+        made = table.records["tokens"] > 0
+        train = repeat([i for i in train if made[i]], source.weight, config.seed)
+        chosen["train"] += [start + i for i in train]
+        chosen["heldout"] += [start + i for i in heldout if made[i]]
+        start += len(table)
+    if not chosen["train"]:
         where = data_path(config)
         raise DataError("\n".join([f"{where}: no record is left to train on", *report.lines()]))
-    if vocab_size is not None:
-        _check_vocabulary([*train, *heldout], tokenizer, vocab_size)
-    question = choose_question([record for portion in portions for record in portion.heldout])
-    hashes = [_fingerprint(source.path, source.name) for source in data_sources(config)]
-    if config.data.eval_path:
-        hashes.append(_fingerprint(config.data.eval_path, config.data.name or config.data.format))
-    return TrainingData(train, heldout, question, "+".join(hashes), report)
+    data = TrainingData(
+        train=Examples(tables, np.array(chosen["train"], np.int64)),
+        heldout=Examples(tables, np.array(chosen["heldout"], np.int64)),
+        question=choose_question(tables, [heldout for _, heldout in divided]),
+        # The held-out file, which is read first, comes last.
+        fingerprint="+".join(
+            one.fingerprint
+            for wanted in (False, True)
+            for (_, only_heldout), one in zip(sources, found, strict=True)
+            if only_heldout == wanted
+        ),
+        report=report,
+        cached=all(one.cached for one in found),
+    )
+    for examples in (data.train, data.heldout):
+        if vocab_size is not None:
+            _check_vocabulary(examples, tokenizer, vocab_size)
+    return data
+
+
+def cache_dir(config: config_dict.ConfigDict) -> pathlib.Path | None:
+    """Where the tokens of a run are kept, or None.
+
+    >>> cache_dir(config_dict.ConfigDict({"data": {"cache_dir": "none"}}))
+    """
+    name = config.data.cache_dir
+    if name in ("auto", "none"):
+        return default_cache_dir() if name == "auto" else None
+    return pathlib.Path(name).expanduser()
 
 
 def load_portions(config: config_dict.ConfigDict, report: DataReport) -> list[Portion]:
-    """Reads the records of every set of a run, and holds some out.
-
-    The split is made over records, before anything is tokenized or packed, so no held-out record
-    shares a row with a trained one; and after duplicates are left out, so that none stands on both
-    sides.
+    """Reads the records of every set of a run, and holds some out, to look at them.
 
     Args:
         config: a whole configuration.
@@ -112,26 +148,69 @@ def load_portions(config: config_dict.ConfigDict, report: DataReport) -> list[Po
     Raises:
         DataError: a record is bad (with `on_bad_record="error"`), or a split leaves nothing.
     """
-    data, seen, portions = config.data, set(), []
+    data, sources = config.data, reading_order(config)
+    found = [
+        records.load_records(
+            source.path,
+            source.name,
+            data.on_bad_record,
+            0 if only_heldout else data.max_records,
+            report,
+        )
+        for source, only_heldout in sources
+    ]
+    digests = [np.array([digest(record) for record in part], np.uint64) for part in found]
+    divided = divide(config, digests, report)
+    portions = [
+        Portion(source, [part[i] for i in train], [part[i] for i in heldout])
+        for (source, _), part, (train, heldout) in zip(sources, found, divided, strict=True)
+    ]
+    return portions[1:] + portions[:1] if data.eval_path else portions
 
-    def load(path: str, format: str, max_records: int = 0) -> list[records.Record]:
-        found = records.load_records(path, format, data.on_bad_record, max_records, report)
-        unique = drop_duplicates(found, seen)
-        report.duplicates += len(found) - len(unique)
-        return unique if data.deduplicate else found
 
-    # First, so that it is the copy among the training records that is left out.
-    evaluation = load(data.eval_path, data.name or data.format) if data.eval_path else []
-    report.duplicates_dropped = data.deduplicate
-    for source in data_sources(config):
-        train, heldout = load(source.path, source.name, data.max_records), []
-        if not data.eval_path:
-            train, heldout = row_order.split(train, data.eval_fraction, config.seed)
-        portions.append(Portion(source, train, heldout))
-    if evaluation:
-        source = Source(data.name or data.format, data.eval_path)
-        portions.append(Portion(source, [], evaluation))
-    return portions
+def reading_order(config: config_dict.ConfigDict) -> list[tuple[Source, bool]]:
+    """The sources of a run, and whether one is only held out.
+
+    The held-out file comes first, so that of a record that is in both, the copy among the training
+    records is the duplicate.
+    """
+    data = config.data
+    heldout = [(Source(data.name or data.format, data.eval_path), True)] if data.eval_path else []
+    return heldout + [(source, False) for source in data_sources(config)]
+
+
+def divide(
+    config: config_dict.ConfigDict, digests: Sequence[UInt64[np.ndarray, " N"]], report: DataReport
+) -> list[tuple[list[int], list[int]]]:
+    """Chooses which records of each source are trained on, and which are held out.
+
+    The split is made over records, not over rows, so no held-out record shares a row with a trained
+    one; and after duplicates are left out, so that none stands on both sides.
+
+    Args:
+        config: a whole configuration.
+        digests: of the records of each source of `reading_order`.
+        report: takes the number of duplicates.
+
+    Returns:
+        For each source the indices of its training and of its held-out records.
+
+    Raises:
+        DataError: a split leaves nothing to train on.
+    """
+    data, divided = config.data, []
+    new = first_of_equal(np.concatenate(digests))
+    report.duplicates, report.duplicates_dropped = int((~new).sum()), data.deduplicate
+    ends = np.cumsum([len(part) for part in digests])
+    for (_, only_heldout), is_new in zip(reading_order(config), np.split(new, ends), strict=False):
+        kept = (np.flatnonzero(is_new) if data.deduplicate else np.arange(len(is_new))).tolist()
+        if only_heldout:
+            divided.append(([], kept))
+        elif data.eval_path:
+            divided.append((kept, []))
+        else:
+            divided.append(row_order.split(kept, data.eval_fraction, config.seed))
+    return divided
 
 
 def data_sources(config: config_dict.ConfigDict) -> list[Source]:
@@ -161,25 +240,15 @@ def describe_data(config: config_dict.ConfigDict) -> str:
     )
 
 
-def _fingerprint(path: str, format: str) -> str:
-    """A hash of what `load_records` reads: beside it, a directory on the hub may get more files."""
-    patterns = set_files(format)
-    found = resolve_path(path, kind="dataset", patterns=patterns)
-    return fingerprint(found, find_files(found, patterns))
-
-
-def _check_vocabulary(
-    examples: list[masking.Example], tokenizer: Tokenizer, vocab_size: int
-) -> None:
-    for example in examples:
-        largest = int(example.tokens.max())
-        if largest >= vocab_size:
-            token = tokenizer.decode([largest], skip_special_tokens=False)
-            raise DataError(
-                f"{example.record_id}: token {largest} ({token!r}) has no row in the model's "
-                f"embedding, which has {vocab_size}; tokenizer and model do not belong together, "
-                "or tokens were added to the tokenizer alone"
-            )
+def _check_vocabulary(examples: Examples, tokenizer: Tokenizer, vocab_size: int) -> None:
+    for index in np.flatnonzero(examples.largest_tokens >= vocab_size)[:1]:
+        largest = int(examples.largest_tokens[index])
+        token = tokenizer.decode([largest], skip_special_tokens=False)
+        raise DataError(
+            f"{examples[index].record_id}: token {largest} ({token!r}) has no row in the model's "
+            f"embedding, which has {vocab_size}; tokenizer and model do not belong together, or "
+            "tokens were added to the tokenizer alone"
+        )
 
 
 def token_options(config: config_dict.ConfigDict, name: str = "") -> dict[str, Any]:
@@ -218,22 +287,25 @@ def with_chat_format(tokenizer: Tokenizer, config: config_dict.ConfigDict) -> To
     return tokenizer.with_chat_format(name)
 
 
-def choose_question(heldout: list[records.Record]) -> str | list[dict[str, str]] | None:
+def choose_question(tables: Sequence[Table], heldout: Sequence[Sequence[int]]) -> Question | None:
     """The held-out prompt that is quickest to read: the shortest, or the start of the first text.
 
-    >>> texts = [records.Record("a:1", "text", text="Once upon a time")]
-    >>> choose_question(texts), choose_question([])
-    ('Once upon a time', None)
+    Args:
+        tables: of the sources.
+        heldout: of each, the held-out records.
     """
-    prompts = [record.prompt for record in heldout if record.prompt]
-    if prompts:
-        return min(prompts, key=lambda prompt: sum(len(turn["content"]) for turn in prompt))
-    if heldout:
-        return " ".join(heldout[0].text.split()[:_TEXT_PROMPT_WORDS])
-    return None
+    found = [
+        (int(chars) if chars >= 0 else sys.maxsize, table, index)
+        for table, indices in zip(tables, heldout, strict=True)
+        for chars, index in zip(table.records["question_chars"][indices], indices, strict=True)
+    ]
+    if not found:
+        return None
+    _, table, index = min(found, key=lambda one: one[0])
+    return table.question(index)
 
 
-def question_text(question: str | list[dict[str, str]]) -> str:
+def question_text(question: Question) -> str:
     """A prompt as a person reads it.
 
     >>> question_text([{"role": "user", "content": "2 + 2?"}])

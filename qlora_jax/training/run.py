@@ -198,7 +198,9 @@ class _Run:
         model.train()
         self.graphdef, lora, self.frozen = split_model(model)
         self.size = measure(lora, self.frozen)
-        self.data = load_training_data(config, self.tokenizer, model.config.vocab_size)
+        with report.busy("tokenizing the data") as notes:
+            self.data = load_training_data(config, self.tokenizer, model.config.vocab_size)
+            notes += ["found from an earlier start"] if self.data.cached else []
         self.batches = BatchIterator(
             self.data.train,
             batch_size=config.train.batch_size,

@@ -35,6 +35,7 @@ _MAY_CHANGE = (
     "train.steps",
     "train.epochs",
     "train.log_every",
+    "data.cache_dir",
     "optimizer.device_budget_gb",
     "eval",
     "sample",
