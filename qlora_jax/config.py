@@ -85,8 +85,8 @@ def get_config() -> config_dict.ConfigDict:
     # A published set, read as its authors read it: oasst1 | alpaca | alpaca-clean | flan_v2 | ...
     # (docs/data.md has them all); "": records of one's own, in data.format.
     data.name = ""
-    # A file or a directory of files, package:<package>/<file inside it>, or a name on the hub;
-    # "": where data.name is on the hub.
+    # A file or a directory of files, package:<package>/<file inside it>, a name on the hub, or
+    # tfds:<name>; "": where data.name is on the hub.
     data.path = ""
     # Several sets, instead of name and path: "oasst1*2, alpaca=/data/alpaca.json*0.5" shows OASST1
     # twice an epoch, and half of Alpaca.

@@ -2,7 +2,8 @@
 
 The kind follows from the name (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, `.parquet`; anything
 else is taken as JSON Lines), and any of the text kinds may be packed with gzip. A directory is all
-files of these kinds inside it, in the order of their names.
+files of these kinds inside it, in the order of their names. `tfds:` leads to the files of a split
+of TFDS.
 
 The reader trusts nothing: a line that cannot be read comes out as a `BadField` that says what was
 found and what is needed, and reading goes on with the next one. Three habits of editors are
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from qlora_jax.data.formats import BadField, describe
+from qlora_jax.data.tfds_files import ARRAY_RECORD, PREFIX, find_tfds_files, read_tfds_file
 from qlora_jax.errors import DataError, UserError
 from qlora_jax.files import resolve_path
 
@@ -45,7 +47,7 @@ def find_files(spec: str | pathlib.Path, patterns: Sequence[str] = ()) -> list[p
     """Finds the data files that a path stands for.
 
     Args:
-        spec: what `resolve_path` takes.
+        spec: what `resolve_path` takes, or `tfds:<name or folder>[#split]`.
         patterns: of the files to take from a directory or the hub, matched against their paths in
             it. If none matches, all are taken but those that are named as held out (`test.jsonl`),
             as long as there are others.
@@ -56,6 +58,8 @@ def find_files(spec: str | pathlib.Path, patterns: Sequence[str] = ()) -> list[p
     Raises:
         DataError: nothing is there, it cannot be read, or it is of a kind that is not read.
     """
+    if str(spec).startswith(PREFIX):
+        return find_tfds_files(str(spec))
     try:
         found = resolve_path(str(spec), kind="dataset", patterns=patterns)
         files = _inside(found, patterns) if found.is_dir() else [found]
@@ -139,6 +143,8 @@ def read_objects(path: pathlib.Path, columns: Sequence[str] = ()) -> Iterator[It
     kind = _kind(path.name)
     if kind == ".parquet":
         return _parquet(path)
+    if kind.startswith(ARRAY_RECORD):
+        return read_tfds_file(path)
     if kind == ".json":
         document = read_document(path)
         if isinstance(document, list):

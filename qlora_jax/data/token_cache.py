@@ -40,6 +40,7 @@ from qlora_jax.data.records import read_records
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.sets import set_files
 from qlora_jax.data.spans import ChatTokenizer
+from qlora_jax.data.tfds_files import PREFIX
 from qlora_jax.errors import DataError
 from qlora_jax.files import fingerprint, resolve_path
 
@@ -115,8 +116,10 @@ def load_tokenized(
 
     def hash_files() -> tuple[str, list[str]]:
         # What `read_records` reads: beside it, a directory on the hub may get more files.
+        files = find_files(path, patterns)
+        if str(path).startswith(PREFIX):
+            return fingerprint(files[0].parent, files), [file.name for file in files]
         found = resolve_path(str(path), kind="dataset", patterns=patterns)
-        files = find_files(found, patterns)
         return fingerprint(found, files), [file.name for file in files]
 
     content, names = hash_files()
