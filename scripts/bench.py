@@ -3,6 +3,7 @@
     python scripts/bench.py --suite=cpu
     python scripts/bench.py --suite=cpu --part=dequantize --rival_python=/path/to/python
     python scripts/bench.py --suite=cpu --part=loading --gigabytes=26 --scratch=/somewhere/large
+    python scripts/bench.py --suite=cpu --part=data --records=1000000
     python scripts/bench.py --suite=gpu
     python scripts/bench.py --suite=gpu --part=check --part=kernels --budget_s=540
     python scripts/bench.py --suite=gpu --part=tune --write_tuning
@@ -70,6 +71,7 @@ def run_cpu(console: Console, parts: list[str]) -> None:
         ],
         gigabytes=_GIGABYTES.value,
         scratch=pathlib.Path(_SCRATCH.value),
+        records=_RECORDS.value,
         console=console,
     )
     path = result_path("cpu", dry_run=False)
@@ -123,8 +125,9 @@ if __name__ == "__main__":
     _LOSS_CHUNK = flags.DEFINE_integer("loss_chunk", 256, "ours: config.train.loss_chunk", 1)
     _GIGABYTES = flags.DEFINE_float("gigabytes", 2.0, "part loading: size of the checkpoint", 0.0)
     _SCRATCH = flags.DEFINE_string(
-        "scratch", str(bench_cpu.CACHE), "part loading: where to make the checkpoint"
+        "scratch", str(bench_cpu.CACHE), "parts loading and data: where to make their files"
     )
+    _RECORDS = flags.DEFINE_integer("records", 20_000, "part data: how many", 1000)
     _RIVAL_PYTHON = flags.DEFINE_string("rival_python", None, "a Python with the rival's packages")
     _DRY_RUN = flags.DEFINE_bool("dry_run", False, "suite gpu: tiny shapes, on the CPU")
     _BUDGET_S = flags.DEFINE_integer("budget_s", None, "suite gpu: seconds for all parts", 1)

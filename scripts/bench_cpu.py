@@ -3,8 +3,8 @@
 `dequantize`: 4-bit weights to dense ones, against bitsandbytes, in turns. `train`: SmolLM2-135M,
 batch 4 x 256 tokens of real text, rank 64 on every linear layer, full optimizer steps; each run is
 a process of its own, ours and the rival's in turns, all on the same cores. The rival is measured in
-three settings and compared in its fastest. `loading` and `paging`: see scripts/bench_loading.py and
-scripts/bench_paging.py.
+three settings and compared in its fastest. `loading`, `paging` and `data`: see
+scripts/bench_loading.py, scripts/bench_paging.py and scripts/bench_data.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import bench_data
 import bench_loading
 import bench_ours
 import bench_paging
@@ -39,7 +40,8 @@ from qlora_jax.quantized import dequantize, quantize
 from qlora_jax.training.card import versions
 
 CACHE = ROOT / "benchmarks" / ".cache"
-PARTS = ("dequantize", "train", "loading", "paging")
+PARTS = ("dequantize", "train", "loading", "paging", "data")
+_WITH_RIVAL = {"dequantize", "train", "loading"}
 RIVAL_SETTINGS = {
     "bfloat16": ["--dtype=bfloat16"],
     "float32": ["--dtype=float32"],
@@ -216,11 +218,12 @@ def print_train(summary: dict[str, Any], console: Console) -> None:
     )
 
 
-def machine(python: pathlib.Path, cores: list[int]) -> dict[str, Any]:
+def machine(python: pathlib.Path | None, cores: list[int]) -> dict[str, Any]:
     """What the numbers depend on: processor, cores, load and versions."""
     info = pathlib.Path("/proc/cpuinfo").read_text()
     names = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
-    (rival,) = run_lines([python, ROOT / "scripts/bench_rival.py", "versions"])
+    command = [python, ROOT / "scripts/bench_rival.py", "versions"]
+    (rival,) = run_lines(command) if python else (None,)
     return {
         "cpu": names[0] if names else platform.machine(),
         "cores": cores,
@@ -240,6 +243,7 @@ def run(
     our_flags: list[str],
     gigabytes: float,
     scratch: pathlib.Path,
+    records: int,
     console: Console,
 ) -> dict[str, Any]:
     """The samples of the suite and their summary.
@@ -252,7 +256,8 @@ def run(
         rival_python: see `find_rival`.
         our_flags: for scripts/bench_ours.py.
         gigabytes: of the checkpoint that is loaded.
-        scratch: where it is made.
+        scratch: where it is made, and the data.
+        records: of the data.
         console: for progress and tables.
 
     Raises:
@@ -262,7 +267,7 @@ def run(
     if cores > len(available):
         raise UserError(f"--cores={cores}: this process may use only {len(available)}")
     os.sched_setaffinity(0, available[:cores])
-    python = find_rival(rival_python)
+    python = find_rival(rival_python) if _WITH_RIVAL & set(parts) else None
     result: dict[str, Any] = {"machine": machine(python, available[:cores])}
     if "dequantize" in parts:
         samples = bench_dequantize(python)
@@ -288,4 +293,9 @@ def run(
         summary = bench_paging.summarize(samples)
         bench_paging.print_table(summary, console)
         result["paging"] = {"summary": summary, "samples": samples}
+    if "data" in parts:
+        samples = bench_data.bench(records=records, seconds=10, scratch=scratch)
+        summary = bench_data.summarize(samples)
+        bench_data.print_table(samples, summary, console)
+        result["data"] = {"summary": summary, "samples": samples}
     return result
