@@ -23,6 +23,7 @@ _GIB = 1 << 30
 _OPTIONAL = {
     "jax_cuda13_plugin": ("NVIDIA GPUs", "pip install -e '.[cuda]'"),
     "huggingface_hub": ("models from the Hugging Face Hub", "pip install -e '.[hub]'"),
+    "tensorflow_datasets": ("data of TFDS", "pip install -e '.[tfds]'"),
     "pytest": ("the test suite", "pip install -e '.[dev]'"),
 }
 # What `make quickstart` runs on.

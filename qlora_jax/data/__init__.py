@@ -6,6 +6,12 @@ From a file to a batch:
     train, heldout = split(records, eval_fraction=0.1, seed=0)
     examples = tokenize_records(train, tokenizer, max_len=512)
     batches = BatchIterator(examples, batch_size=1, seq_len=512, grad_accum=16, seed=0)
+
+or, for what is large, or read more than once,
+
+    found = load_tokenized("train.jsonl", "auto", tokenizer, cache_dir=folder, max_len=512)
+    examples = Examples([found.table])
+    train, heldout = map(examples.take, split(range(len(examples)), eval_fraction=0.1, seed=0))
 """
 # ruff: noqa: I001 (the order is that of the table of contents, not the alphabet)
 
@@ -15,6 +21,7 @@ from qlora_jax.data.records import load_records as load_records
 from qlora_jax.data.report import DataReport as DataReport
 from qlora_jax.data.sets import SETS as SETS
 from qlora_jax.data.sets import InstructionSet as InstructionSet
+from qlora_jax.data.tfds_oasst import build_oasst as build_oasst
 
 # Several sets, duplicates, overlap
 from qlora_jax.data.mixture import parse_mixture as parse_mixture

@@ -40,7 +40,8 @@ def import_tfds() -> ModuleType:
     except ImportError as error:
         raise DataError(
             f"data of TFDS need tensorflow-datasets, which cannot be imported ({error}): "
-            "pip install 'qlora-jax[tfds]' (TensorFlow is not needed)"
+            "pip install tensorflow-datasets array-record importlib_resources (or "
+            '"qlora-jax[tfds]"; TensorFlow is not needed)'
         ) from None
     return tensorflow_datasets
 
