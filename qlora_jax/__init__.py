@@ -15,6 +15,8 @@ from qlora_jax.quantized import quantize_params as quantize_params
 # LoRA as pure functions
 from qlora_jax.lora import MergeError as MergeError
 from qlora_jax.lora_init import init_lora as init_lora
+from qlora_jax.weight_inits import init_from_weight as init_from_weight
+from qlora_jax.weight_inits import subtract as subtract
 from qlora_jax.lora import lora_matmul as lora_matmul
 from qlora_jax.lora import lora_scaling as lora_scaling
 from qlora_jax.lora import merge_lora as merge_lora

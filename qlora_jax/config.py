@@ -75,7 +75,15 @@ def get_config() -> config_dict.ConfigDict:
     # The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora).
     lora.alpha = 16.0
     lora.use_rslora = False
+    # DoRA: learn the magnitude of each output apart from its direction; weights are then decoded
+    # twice in each pass (docs/lora.md).
+    lora.use_dora = False
     lora.dropout = 0.0
+    # How adapters begin: default (no effect) | pissa | pissa_niter_<n> | olora | loftq. All but the
+    # default start from the 16-bit weights, and take time while loading (docs/lora.md).
+    lora.init = "default"
+    # For loftq: turns of quantizing the base and decomposing what that lost.
+    lora.loftq_iterations = 1
     # all-linear (all but the output head), or a regular expression for whole parameter paths.
     lora.where = "all-linear"
     # float32 | bfloat16 | float16.

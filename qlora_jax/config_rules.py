@@ -60,6 +60,11 @@ _RULES = {
     "lora.rank": _at_least(1),
     "lora.alpha": _POSITIVE_FINITE,
     "lora.dropout": _FRACTION,
+    "lora.init": _Rule(
+        lambda value: re.fullmatch("default|pissa(_niter_[0-9]+)?|olora|loftq", value) is not None,
+        "one of default, pissa, pissa_niter_<n>, olora, loftq",
+    ),
+    "lora.loftq_iterations": _at_least(1),
     "lora.where": _Rule(_is_where, "all-linear or a regular expression"),
     "lora.dtype": _one_of(*_DTYPES),
     "data.name": _one_of("", *sets.SETS),

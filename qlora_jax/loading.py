@@ -32,6 +32,7 @@ from qlora_jax.lora import is_quantized
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.nnx_linear import QuantizedParam
+from qlora_jax.subtraction import Prepare
 from qlora_jax.tree import join_path
 from qlora_jax.vocabulary import VOCAB_QUANT_TYPES, Int8Rows, quantize_vocabulary
 from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint, open_checkpoint
@@ -53,6 +54,7 @@ def load_model(
     dtype: DTypeLike = jnp.float32,
     remat: str = "full",
     sequence_chunk: int = 0,
+    prepare: Prepare | None = None,
     progress: Progress | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """Loads a model and its tokenizer, quantizing the linear layers on the way.
@@ -70,6 +72,7 @@ def load_model(
       dtype: of the computation, and of what is not quantized: embedding, norms, biases, head.
       remat: see `Llama`.
       sequence_chunk: see `Llama`.
+      prepare: changes each weight before it is quantized; see `subtraction`.
       progress: called after each tensor with (tensors done, tensors in all, name).
 
     Returns:
@@ -77,8 +80,8 @@ def load_model(
 
     Raises:
       UserError: there is nothing at `path`.
-      ConfigError: the format is unknown, `where` chooses no layer, or quant_type is None for a
-        checkpoint in 4 bits.
+      ConfigError: the format is unknown, `where` chooses no layer, or quant_type is None or
+        `prepare` given for a checkpoint in 4 bits.
       WeightsError: a file is damaged, refused or not supported; tensors are missing, unknown or
         have another shape (all are listed); a tensor holds NaN or infinity.
 
@@ -115,6 +118,12 @@ def load_model(
                 f"{checkpoint.path} is in 4 bits ({next(iter(packed.values()))}) and cannot be "
                 "loaded in 16 or 32. Give the original model, or leave quant_type as it is."
             )
+        if prepare is not None:
+            raise ConfigError(
+                f"{checkpoint.path} is in 4 bits already ({next(iter(packed.values()))}), and this "
+                "LoRA initialisation (pissa, olora or loftq) starts from the weights before they "
+                "were rounded. Give the 16-bit model, or set lora.init to default."
+            )
         model = quantize_as(model, packed)
     elif quant_type is not None:
         model = quantize_model(
@@ -126,7 +135,7 @@ def load_model(
         )
     if vocab_quant_type == "int8":
         model = quantize_vocabulary(model)
-    fill_model(model, checkpoint, progress=progress)
+    fill_model(model, checkpoint, prepare=prepare, progress=progress)
     return model, tokenizer
 
 
@@ -210,13 +219,18 @@ def read_config(checkpoint: Checkpoint) -> LlamaConfig:
 
 
 def fill_model(
-    model: nnx.Module, checkpoint: Checkpoint, *, progress: Progress | None = None
+    model: nnx.Module,
+    checkpoint: Checkpoint,
+    *,
+    prepare: Prepare | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Gives an abstract model the values of a checkpoint, one tensor at a time.
 
     Args:
       model: a `Llama` whose arrays are shapes only, with or without 4-bit layers; changed in place.
       checkpoint: an open model.
+      prepare: changes each dense weight before it is quantized.
       progress: called after each tensor with (tensors done, tensors in all, name).
 
     Raises:
@@ -233,6 +247,8 @@ def fill_model(
         rule = Rule.of(slot, target)
         weight = checkpoint.read(name)
         check_finite(weight, rule, f"{checkpoint.path}: {name}")
+        if prepare is not None and rule.quantize is not None:
+            weight = prepare(slot, weight, dict(rule.quantize))
         if slot.layer is None:
             values[slot.path] = convert(weight, rule)
         else:

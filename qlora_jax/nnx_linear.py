@@ -25,6 +25,10 @@ class QuantizedParam(nnx.Variable):
     """Holds a ``QuantizedTensor`` (or ``Int8Rows``). No ``nnx.Param``: no optimizer picks it up."""
 
 
+class SubtractedParam(nnx.Variable):
+    """Half of what was taken out of a weight before it was quantized (``subtraction``); frozen."""
+
+
 class QLoRALinear(nnx.Module):
     """A linear layer with a frozen (4-bit or dense) kernel and, if ``rank > 0``, a LoRA adapter.
 
@@ -39,6 +43,8 @@ class QLoRALinear(nnx.Module):
         lora_a: ``nnx.LoRAParam`` [*L, in_features, rank], None for rank 0.
         lora_b: ``nnx.LoRAParam`` [*L, rank, out_features], None for rank 0.
         lora_magnitude: ``nnx.LoRAParam`` [*L, out_features], None without DoRA.
+        subtracted_a: ``SubtractedParam`` like lora_a, or None; only for ``original_adapter``.
+        subtracted_b: likewise.
         in_features: number of input features, over all of ``axis``.
         out_features: number of output features.
         dtype: compute dtype. None: that of the input (with a dense kernel: of input and kernel,
@@ -88,6 +94,8 @@ class QLoRALinear(nnx.Module):
         self.lora_a = nnx.data(None)
         self.lora_b = nnx.data(None)
         self.lora_magnitude = nnx.data(None)
+        self.subtracted_a = nnx.data(None)
+        self.subtracted_b = nnx.data(None)
         self.rank, self.alpha, self.dropout, self.use_rslora = 0, 16.0, 0.0, False
         self.deterministic = False
         self.rngs = nnx.data(None)
@@ -124,6 +132,24 @@ class QLoRALinear(nnx.Module):
         names = ("lora_a", "lora_b", "lora_magnitude")
         variables = {name: getattr(self, name) for name in names}
         return {k: v.get_value() for k, v in variables.items() if v is not None}
+
+    @property
+    def original_adapter(self) -> tuple[dict[str, Array], float]:
+        """The adapter that computes the same on the *original* weight, and its alpha.
+
+        Where s A0 B0 was taken out of the weight, it is [A, A0] and [B; -B0], of twice the rank and
+        with the same scaling, as PEFT converts PiSSA and OLoRA. But for what quantization loses:
+        Q(W - s A0 B0) + s A0 B0 is not Q(W).
+        """
+        if self.subtracted_a is None:
+            return self.adapter, self.alpha
+        a, b = self.subtracted_a.get_value(), -self.subtracted_b.get_value()
+        adapter = self.adapter
+        wider = adapter | {
+            "lora_a": jnp.concatenate([adapter["lora_a"], a], axis=-1),
+            "lora_b": jnp.concatenate([adapter["lora_b"], b], axis=-2),
+        }
+        return wider, self.alpha * (math.sqrt(2.0) if self.use_rslora else 2.0)
 
     @property
     def matrix_kernel(self) -> QuantizedTensor | Float[Array, "*L K N"]:

@@ -110,6 +110,11 @@ def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
 def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str) -> pathlib.Path:
     """Writes the adapters of a model as `peft.PeftModel.from_pretrained` reads them.
 
+    Of a run that took something out of its base (PiSSA, OLoRA, LoftQ of several iterations) it
+    writes the equivalent plain adapter of twice the rank for the original base, as PEFT's
+    `save_pretrained(path_initial_model_for_weight_conversion=...)` does. It is exact for the base
+    in 16 bits; in 4 bits the original base is rounded to other values than the run's was.
+
     Args:
       model: with adapters, of `load_trained`, `load_adapter`, or `apply_qlora` on one of
         `load_model`.
@@ -140,7 +145,7 @@ def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str
     values: dict[str, Callable[[], Any]] = {}
     naming = _naming(model)
     for place, linear in adapted.items():
-        adapter = linear.adapter
+        adapter, _ = linear.original_adapter
         for layer, module in enumerate(_module_names(place, linear, naming)):
             index = (layer,) if linear.leading_shape else ()
             file_names = tensor_names(module, config["use_dora"])
@@ -251,10 +256,11 @@ def _peft_config(adapted: Mapping[str, QLoRALinear]) -> dict[str, Any]:
     ranks, alphas = {}, {}
     for path, linear in adapted.items():
         name = path.rpartition("/")[2]
-        alpha = linear.alpha
+        adapter, alpha = linear.original_adapter
+        rank = adapter["lora_a"].shape[-1]
         if linear.use_rslora and not use_rslora:  # mixed: each says its scaling as alpha / rank
-            alpha = lora_scaling(linear.rank, alpha, True) * linear.rank
-        ranks[name], alphas[name] = linear.rank, int(alpha) if alpha == int(alpha) else alpha
+            alpha = lora_scaling(rank, alpha, True) * rank
+        ranks[name], alphas[name] = rank, int(alpha) if alpha == int(alpha) else alpha
     rank, alpha = (max(d.values(), key=list(d.values()).count) for d in (ranks, alphas))
     return {
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},

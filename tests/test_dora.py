@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from llama_models import random_model, tiny_config
+from tiny_run import quiet_report, write_data, write_model
+from tiny_run import tiny_config as run_config
 
 import qlora_jax as ql
 from qlora_jax import flax_linen
@@ -197,6 +199,25 @@ def test_the_scanned_model_has_the_same_gradients_whatever_it_recomputes():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), kept, recomputed
     )
+
+
+@pytest.mark.slow
+def test_a_run_learns_magnitudes_and_comes_back(tmp_path):
+    model = write_model(tmp_path / "model")
+    config = run_config(model, write_data(tmp_path / "data.jsonl"))
+    config.lora.use_dora, config.model.compute_dtype = True, "float32"
+    config.train.steps, config.checkpoint.every = 4, 2
+    result = ql.train(config, tmp_path / "run", report=quiet_report()[0])
+    assert result.heldout_after < result.heldout_before
+    trained, _ = ql.load_trained(tmp_path / "run")
+    start, _ = ql.load_trained(tmp_path / "run", step=2)
+    after, before = (m.layers.mlp.down_proj.lora_magnitude.get_value() for m in (trained, start))
+    assert after.shape == before.shape == (2, trained.config.hidden_size)
+    assert np.abs(after - before).max() > 1e-3
+    adapter = ql.save_adapter(trained, tmp_path / "peft", base_model=str(model))
+    base, _ = ql.load_model(model, block_size=32)
+    ids = jnp.arange(8)[None]
+    np.testing.assert_array_equal(ql.load_adapter(base, adapter)(ids), trained(ids))
 
 
 def test_quantized_tensors_of_another_dtype_are_decoded_as_asked():

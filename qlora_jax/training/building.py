@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -18,7 +19,17 @@ from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import apply_qlora
 from qlora_jax.loading import base_fingerprint, load_model, packed_linears, stored_fingerprint
+from qlora_jax.lora import lora_scaling
 from qlora_jax.optim import make_optimizer, make_schedule
+from qlora_jax.subtraction import (
+    SUBTRACTED_FILE,
+    InitFromWeights,
+    Prepare,
+    Subtract,
+    read_subtracted,
+    set_adapters,
+    write_subtracted,
+)
 from qlora_jax.training.data import with_chat_format
 from qlora_jax.training.step import LossFn, next_token_loss
 from qlora_jax.vocabulary import quantize_vocabulary
@@ -76,13 +87,21 @@ def build_loss(config: config_dict.ConfigDict) -> LossFn:
 
 
 def build_model(
-    config: config_dict.ConfigDict, *, dtype: np.dtype
+    config: config_dict.ConfigDict,
+    *,
+    dtype: np.dtype,
+    workdir: pathlib.Path | None = None,
+    again: bool = False,
 ) -> tuple[nnx.Module, Tokenizer, str]:
     """Loads the base in 4 bits and puts new adapters on it.
 
     Args:
         config: a whole configuration.
         dtype: compute dtype.
+        workdir: of the run, where what the initialisation takes out of the base is kept; None: it
+            is not.
+        again: whether the adapters of a checkpoint will take the place of the new ones: then these
+            are not computed, and the base is made again as it was.
 
     Returns:
         The model in training mode, its tokenizer with the chat format of the data, and the base's
@@ -95,9 +114,12 @@ def build_model(
     checkpoint = open_checkpoint(resolve_path(config.model.path, kind="model"))
     _check_format(config, set(packed_linears(checkpoint).values()))
     options = model_options(config, jax.devices()[0])
+    file = workdir and workdir / SUBTRACTED_FILE
+    prepare = _prepare(config, file if again else None)
     model, tokenizer = load_model(
         config.model.path,
         dtype=dtype,
+        prepare=prepare,
         **options,
         vocab_quant_type=config.model.vocab_quant_type,
         **_quantization(config),
@@ -113,7 +135,30 @@ def build_model(
                 "original model again."
             )
     model = adapt_model(model, config, quantize=False)
+    if isinstance(prepare, InitFromWeights):
+        set_adapters(model, prepare.adapters)
+        if file and prepare.subtracted:
+            write_subtracted(file, prepare.subtracted)
     return model, with_chat_format(tokenizer, config), fingerprint
+
+
+def _prepare(config: config_dict.ConfigDict, file: pathlib.Path | None) -> Prepare | None:
+    """What happens to each weight before it is quantized; with a file, what did once."""
+    lora = config.lora
+    if lora.init == "default":
+        return None
+    if file is None:
+        return InitFromWeights(
+            lora.init,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            use_rslora=lora.use_rslora,
+            dtype=jnp.dtype(lora.dtype),
+            loftq_iterations=lora.loftq_iterations,
+        )
+    if lora.init == "loftq" and lora.loftq_iterations == 1:
+        return None
+    return Subtract(read_subtracted(file), lora_scaling(lora.rank, lora.alpha, lora.use_rslora))
 
 
 def _check_format(config: config_dict.ConfigDict, found: set[PackedFormat]) -> None:
@@ -162,6 +207,7 @@ def adapt_model(
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
         use_rslora=config.lora.use_rslora,
+        use_dora=config.lora.use_dora,
         lora_dtype=jnp.dtype(config.lora.dtype),
         rngs=nnx.Rngs(config.seed),
         **quantization,

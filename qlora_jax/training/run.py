@@ -30,6 +30,7 @@ from qlora_jax.metrics import MetricsWriter, plot_loss
 from qlora_jax.neftune import add_embedding_noise
 from qlora_jax.placement import eval_placed, place_abstract, tree_bytes
 from qlora_jax.report import Report, format_bytes, format_count, measure
+from qlora_jax.subtraction import SUBTRACTED_FILE, read_subtracted, set_subtracted
 from qlora_jax.training.building import (
     build_loss,
     build_model,
@@ -150,7 +151,7 @@ def load_trained(
     if step is None:
         raise CheckpointError(f"{path} holds no checkpoint yet; train it first, or wait for one")
     dtype, _ = choose_compute_dtype(config.model.compute_dtype, jax.devices()[0])
-    model, tokenizer, fingerprint = build_model(config, dtype=dtype)
+    model, tokenizer, fingerprint = build_model(config, dtype=dtype, workdir=path, again=True)
     graphdef, lora, frozen = split_model(model)
     # The moments are not needed: they stay in the host's memory.
     tx, _ = build_optimizer(config, total_steps=2**31, state_budget=0)
@@ -158,6 +159,8 @@ def load_trained(
     state, metadata = checkpointer.restore(step, place_abstract(like, jax.devices()[0]))
     Workdir(path).check_same(config.model.path, metadata["base_fingerprint"], fingerprint)
     model = nnx.merge(graphdef, state.lora, frozen)
+    if (path / SUBTRACTED_FILE).exists():  # for export: the base is not the original one
+        set_subtracted(model, read_subtracted(path / SUBTRACTED_FILE))
     model.eval()
     return model, tokenizer
 
@@ -191,7 +194,12 @@ class _Run:
         device = jax.devices()[0]
         self.dtype, self.dtype_reason = choose_compute_dtype(config.model.compute_dtype, device)
         with report.busy(f"loading {config.model.path} and quantizing it"):
-            model, self.tokenizer, self.fingerprint = build_model(config, dtype=self.dtype)
+            model, self.tokenizer, self.fingerprint = build_model(
+                config,
+                dtype=self.dtype,
+                workdir=directory.path,
+                again=self.checkpointer.latest_step() is not None,
+            )
         add_embedding_noise(model, config.train.neftune_alpha, config.seed)
         model.eval()
         self.eval_graphdef, _, _ = split_model(model)

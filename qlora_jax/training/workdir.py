@@ -2,6 +2,7 @@
 
     config.json     the configuration after all overrides
     checkpoints/    see `qlora_jax.checkpoint`
+    subtracted.safetensors   only with PiSSA and the like, see `qlora_jax.subtraction`
     metrics.jsonl   see `qlora_jax.metrics` (also tensorboard/ and loss.png)
     result.json     written last: a run is finished when it is there
     README.md       the model card
