@@ -104,6 +104,13 @@ def test_it_starts_as_plain_lora_with_a_magnitude_beside_each_weight():
     np.testing.assert_allclose(run(lora), run(plain), atol=1e-5)
 
 
+def test_a_model_without_values_gets_magnitudes_without_values():
+    model = nnx.eval_shape(lambda: random_model(tiny_config()))
+    model = ql.apply_qlora(model, rank=2, use_dora=True, rngs=nnx.Rngs(0))
+    magnitude = model.layers.mlp.up_proj.lora_magnitude.get_value()
+    assert magnitude == jax.ShapeDtypeStruct((3, 24), jnp.float32)
+
+
 def test_dropout_leaves_the_base_alone():
     x, w, lora = normal(0, 5, K), normal(1, N, K), trained()
     key = jax.random.key(1)

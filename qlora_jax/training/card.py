@@ -93,7 +93,8 @@ def _title(facts: CardFacts) -> str:
         [
             f"# A QLoRA adapter for {pathlib.PurePath(model['path']).name}",
             "",
-            f"{format_count(size.trainable)} trainable parameters (LoRA rank {lora['rank']}, alpha "
+            f"{format_count(size.trainable)} trainable parameters "
+            f"({'DoRA' if lora['use_dora'] else 'LoRA'} rank {lora['rank']}, alpha "
             f"{lora['alpha']:g}, scaled by {scaling}, dropout {lora['dropout']:g}, on "
             f"`{lora['where']}`) over a frozen base of {format_count(size.frozen)} parameters at "
             f"{size.bits_per_frozen:.2f} bits each ({format_bytes(size.frozen_bytes)}).",
@@ -104,6 +105,7 @@ def _title(facts: CardFacts) -> str:
             f"| base fingerprint | `{facts.base_fingerprint}` |",
             f"| stored as | {model['quant_type']}, blocks of {model['block_size']}, double "
             f"quantization {'on' if model['double_quant'] else 'off'} |",
+            f"| adapters begin as | {lora['init']} |",
             f"| data | `{facts.config['data']['path']}` |",
             f"| data hash (xxh3_128) | `{facts.data_fingerprint}` |",
             f"| records | {facts.records[0]:,} trained on, {facts.records[1]:,} held out |",
