@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, overload
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int, Int32, Int64, UInt8
 
 from qlora_jax.data.masking import Example
 
@@ -230,6 +230,15 @@ class Examples(Sequence[Example]):
         index = int(self.chosen[position])
         table = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._tables[table].example(index - int(self._starts[table]))
+
+    def contents(self) -> Iterator[tuple[Int32[np.ndarray, " T"], UInt8[np.ndarray, " T"]]]:
+        """The tokens and the loss mask of each, some times faster than through an `Example`."""
+        tables = np.searchsorted(self._starts, self.chosen, side="right") - 1
+        ends = self._facts("tokens_end")
+        places = zip(tables.tolist(), (ends - self.lengths).tolist(), ends.tolist(), strict=True)
+        for table, start, end in places:
+            found = self._tables[table]
+            yield found.tokens[start:end], found.loss_mask[start:end]
 
     def __iter__(self) -> Iterator[Example]:
         return (self[position] for position in range(len(self)))
