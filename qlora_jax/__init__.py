@@ -29,6 +29,7 @@ from qlora_jax.flax_nnx import linear_paths as linear_paths
 from qlora_jax.flax_nnx import merge_model as merge_model
 from qlora_jax.flax_nnx import quantize_model as quantize_model
 from qlora_jax.flax_nnx import set_dropout_keys as set_dropout_keys
+from qlora_jax.flax_nnx import without_adapters as without_adapters
 from qlora_jax.vocabulary import quantize_vocabulary as quantize_vocabulary
 
 # Optimizers (the rest is optax)
@@ -39,6 +40,7 @@ from qlora_jax.optim import paged as paged
 from qlora_jax.config import get_config as get_config
 from qlora_jax.config import load_config as load_config
 from qlora_jax.estimating import estimate as estimate
+from qlora_jax.export import export_merged as export_merged
 from qlora_jax.generation import generate as generate
 from qlora_jax.loading import load_model as load_model
 from qlora_jax.packed_checkpoint import quantize_checkpoint as quantize_checkpoint

@@ -30,6 +30,10 @@ class WeightsError(UserError):
     """A model file is missing, refused, or does not fit the model."""
 
 
+class ExportError(UserError):
+    """A merged model is worse than the one it was made from."""
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be written, or does not fit what it is restored into."""
 

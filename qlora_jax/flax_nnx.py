@@ -240,6 +240,24 @@ def merge_model(
     return substitute(model, replacements, {}), report
 
 
+def without_adapters(model: nnx.Module) -> nnx.Module:
+    """A copy of a model that shares its frozen arrays and has no adapters: its base.
+
+    Args:
+        model: made by ``apply_qlora``; it stays as it is.
+
+    Example:
+        >>> model = apply_qlora(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), where=".*", rank=2,
+        ...     rngs=nnx.Rngs(1))
+        >>> model.rank, without_adapters(model).rank
+        (2, 0)
+    """
+    model = nnx.merge(*nnx.split(model))
+    linears = [node for _, node in nnx.iter_graph(model) if isinstance(node, QLoRALinear)]
+    bases = {id(linear): linear.with_kernel(linear.matrix_kernel) for linear in linears}
+    return substitute(model, bases, {})
+
+
 def set_dropout_keys(rng_state: nnx.State, key: Key[Array, ""]) -> nnx.State:
     """Gives every dropout stream its own key, derived from one. Pure, also under ``jit``.
 

@@ -154,6 +154,31 @@ def lora_matmul(
     return scale_outputs(y, w, lora, lora_scaling(lora["lora_a"].shape[1], alpha, use_rslora))
 
 
+def merged_kernel(
+    kernel: Float[Array, "K N"], lora: Adapter, scaling: float
+) -> Float[Array, "K N"]:
+    """The kernel that an adapted layer in effect has, in float32: with plain LoRA W.T + s * A @ B.
+
+    Everything that merges calls this, so a variant of LoRA is merged as it computes.
+
+    Args:
+        kernel: of one layer, a dense Flax kernel.
+        lora: its adapter (also of DoRA), without the axes of a stack.
+        scaling: of ``lora_scaling``.
+
+    Example:
+        >>> adapter = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}
+        >>> merged_kernel(jnp.eye(2), adapter, 0.5).tolist()
+        [[1.5, 0.5], [0.5, 1.5]]
+    """
+    a, b, kernel = lora["lora_a"], lora["lora_b"], kernel.astype(jnp.float32)
+    update = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+    merged = kernel + update * scaling
+    if "lora_magnitude" in lora:
+        merged *= lora["lora_magnitude"] / adapted_norm(kernel.T, a, b, scaling)
+    return merged
+
+
 def merge_weight(
     w: QuantizedTensor | Float[Array, "*L K N"],
     lora: Adapter,
@@ -248,12 +273,8 @@ def merge_lora(
 @functools.partial(jax.jit, static_argnames="requantize")
 def _merge_stack(w: Any, lora: Adapter, scaling: float, *, requantize: bool) -> Any:
     def merge_matrix(w, lora):
-        a, b = lora["lora_a"], lora["lora_b"]
         dense = dequantize(w, jnp.float32).T if is_quantized(w) else w.astype(jnp.float32)
-        update = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-        exact = dense + update * scaling
-        if "lora_magnitude" in lora:
-            exact *= lora["lora_magnitude"] / adapted_norm(dense.T, a, b, scaling)
+        exact = merged_kernel(dense, lora, scaling)
         if is_quantized(w) and requantize:
             merged = _quantize_like(w, exact.T)
             stored = dequantize(merged, jnp.float32).T

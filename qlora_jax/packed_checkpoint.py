@@ -12,7 +12,6 @@ what happens when that is interrupted.
 
 import dataclasses
 import gc
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -25,26 +24,30 @@ from flax import nnx
 
 from pallas_kernels.devices import release_unused_memory
 from qlora_jax.conversion import Rule, check_finite, convert
-from qlora_jax.errors import ConfigError, WeightsError
+from qlora_jax.errors import ConfigError
 from qlora_jax.files import fingerprint, resolve_path
 from qlora_jax.flax_nnx import quantize_model
+from qlora_jax.hf_folder import (
+    check_transformers_reads,
+    companion_files,
+    json_bytes,
+    model_config,
+    weight_index,
+)
 from qlora_jax.loading import (
     frozen_variables,
     hash_arrays,
     packed_linears,
     quantize_as,
     read_config,
-    read_tokenizer,
     slots,
 )
 from qlora_jax.lora import is_quantized
-from qlora_jax.models.hf_config import to_hf
 from qlora_jax.models.llama import Llama
-from qlora_jax.quantized import QuantizedTensor
 from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint, open_checkpoint
 from qlora_jax.weights import bitsandbytes as bnb
 from qlora_jax.weights.fused import FUSED_NAMINGS
-from qlora_jax.weights.matching import match_tensors
+from qlora_jax.weights.matching import match_tensors, read_slot
 from qlora_jax.weights.names import naming_of, tensor_name
 from qlora_jax.weights.safetensors import DTYPE_NAMES, read_header
 from qlora_jax.weights.stacked import INDEX, PARTS, VERSION, map_entry
@@ -52,18 +55,6 @@ from qlora_jax.weights.writing import FolderWriter, Piece, TensorSpec, split_int
 
 Progress = Callable[[int, int, str], None]
 FORMATS = ("qlora_jax", "bitsandbytes")
-# Files that go along from a Hugging Face folder, where they are there.
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def quantize_checkpoint(
@@ -108,24 +99,59 @@ def quantize_checkpoint(
         raise ConfigError(f"{format=} is unknown; use one of {', '.join(FORMATS)}.")
     source = open_checkpoint(resolve_path(str(path)))
     asked = dict(quant_type=quant_type, block_size=block_size, double_quant=double_quant)
-    variables = frozen_variables(_abstract_model(source, asked, where))
-    layout = (_Stacked if format == "qlora_jax" else _Bitsandbytes)(source, variables)
     out = pathlib.Path(out).expanduser()
+    write_packed(
+        source,
+        _abstract_model(source, asked, where),
+        out,
+        format=format,
+        companions=companion_files(source),
+        file_bytes=file_bytes,
+        progress=progress,
+    )
+    return out
+
+
+def write_packed(
+    source: Checkpoint,
+    model: Llama,
+    out: pathlib.Path,
+    *,
+    format: str,
+    companions: Mapping[str, bytes],
+    file_bytes: int,
+    progress: Progress | None = None,
+    **options: Any,
+) -> None:
+    """Writes the tensors of a checkpoint in the 4-bit formats of an abstract model.
+
+    Args:
+      source: has the values; also one that exists in no file (`qlora_jax.merging`).
+      model: says which layers are in 4 bits, and in which format.
+      out: see `quantize_checkpoint`.
+      format: see `quantize_checkpoint`.
+      companions: files that go along.
+      file_bytes: see `quantize_checkpoint`.
+      progress: see `quantize_checkpoint`.
+      **options: of `FolderWriter`.
+    """
+    variables = frozen_variables(model)
+    layout = (_Stacked if format == "qlora_jax" else _Bitsandbytes)(source, variables)
     job = {
         "format": format,
         "weights": {name: str(kind) for name, kind in layout.formats.items()},
         "file_bytes": file_bytes,
         "source": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in _files(source.path)],
     }
-    with FolderWriter(out, job) as writer:
+    with FolderWriter(out, job, **options) as writer:
         if writer.finished:
-            return out
+            return
         writer.allocate(split_into_files(layout.groups(), file_bytes))
         total = sum(layout.nbytes(*item) for item in layout.plan.items())
         done = 0
         for name, slot in layout.plan.items():
             if name not in writer.done:
-                weight = _read(source, name, slot)
+                weight = read_slot(source, name, slot)
                 rule = Rule.of(slot, variables[slot.path].get_value())
                 check_finite(weight, rule, f"{source.path}: {name}")
                 writer.write(name, *layout.pieces(name, slot, weight, rule))
@@ -138,10 +164,9 @@ def quantize_checkpoint(
             if progress is not None:
                 progress(done, total, name)
         files = writer.finish_files()
-        for name, content in (_companions(source) | layout.descriptions(files)).items():
+        for name, content in (companions | layout.descriptions(files)).items():
             writer.write_file(name, content)
         writer.finish()
-    return out
 
 
 def _abstract_model(source: Checkpoint, asked: Mapping[str, Any], where: str) -> Llama:
@@ -191,14 +216,6 @@ class _Layout:
         """Bytes of a tensor of the input before it was in 4 bits."""
         shape = Rule.of(slot, self.targets[slot.path]).shape
         return math.prod(shape) * self.dtype(name, slot).itemsize
-
-    def config(self) -> dict[str, Any]:
-        """The `config.json` of the model itself."""
-        if self.source.style == "hf":
-            return {k: v for k, v in self.source.config.items() if k != "quantization_config"}
-        tokenizer = read_tokenizer(self.source)
-        ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=list(tokenizer.eos_token_ids))
-        return to_hf(read_config(self.source)) | ends | {"torch_dtype": "float32"}
 
 
 class _Stacked(_Layout):
@@ -261,9 +278,12 @@ class _Stacked(_Layout):
         method = {"quant_method": StackedCheckpoint.METHOD, "version": VERSION}
         if isinstance(self.source, bnb.BitsandbytesCheckpoint):  # to be written again one day
             method["bitsandbytes"] = self.source.config["quantization_config"]
-        config = self.config() | {"quantization_config": method}
+        config = model_config(self.source) | {"quantization_config": method}
         weight_map = {name: entry.path.name for name, entry in entries.items()}
-        return _weight_index(weight_map) | {INDEX: _json(index), "config.json": _json(config)}
+        return weight_index(weight_map) | {
+            INDEX: json_bytes(index),
+            "config.json": json_bytes(config),
+        }
 
 
 class _Bitsandbytes(_Layout):
@@ -271,11 +291,12 @@ class _Bitsandbytes(_Layout):
 
     def __init__(self, source: Checkpoint, variables: Mapping[str, nnx.Variable]):
         super().__init__(source, variables)
-        self.naming = naming_of(self.config()["model_type"], "hf")
+        config = model_config(source)
+        self.naming = naming_of(config["model_type"], "hf")
         if self.naming in FUSED_NAMINGS:
             raise ConfigError(
                 f"{source.path}: transformers has several projections of this family "
-                f"({self.config()['model_type']}) in one tensor, whose 4-bit blocks would not be "
+                f"({config['model_type']}) in one tensor, whose 4-bit blocks would not be "
                 "those of its parts. Choose format qlora_jax."
             )
         for path, kind in self.formats.items():
@@ -284,12 +305,7 @@ class _Bitsandbytes(_Layout):
                     f"bitsandbytes has no {kind.quant_type} ({path}); choose one of "
                     f"{', '.join(bnb.QUANT_TYPES)}, or format qlora_jax."
                 )
-        scaling = self.config().get("rope_scaling") or {}
-        if scaling.get("rope_type") == "factors":
-            raise WeightsError(
-                f"{source.path} has RoPE factors that no config.json of transformers can say. Give "
-                "the original Hugging Face model, or choose format qlora_jax."
-            )
+        check_transformers_reads(config, source.path)
 
     def groups(self) -> list[dict[str, TensorSpec]]:
         """The tensors of the files; what belongs to one weight stays together."""
@@ -320,8 +336,8 @@ class _Bitsandbytes(_Layout):
     def descriptions(self, files: list[pathlib.Path]) -> dict[str, bytes]:
         """The small files of this kind, `config.json` last."""
         weight_map = {name: file.name for file in files for name in read_header(file)}
-        config = self.config() | {"quantization_config": self._quantization()}
-        return _weight_index(weight_map) | {"config.json": _json(config)}
+        config = model_config(self.source) | {"quantization_config": self._quantization()}
+        return weight_index(weight_map) | {"config.json": json_bytes(config)}
 
     def _quantization(self) -> dict[str, Any]:
         """That of the input, if it was once bitsandbytes', or what describes the output."""
@@ -360,37 +376,5 @@ def _layer_name(slot: Slot) -> str:
     return slot.path if slot.layer is None else f"{slot.path}[{slot.layer}]"
 
 
-def _read(source: Checkpoint, name: str, slot: Slot) -> np.ndarray | QuantizedTensor:
-    """Reads a tensor in the orientation of files, also out of a stacked checkpoint."""
-    if not isinstance(source, StackedCheckpoint):
-        return source.read(name)
-    value = source.read(slot.path)
-    if slot.layer is not None:
-        value = jax.tree.map(lambda leaf: leaf[slot.layer], value)
-    if slot.path.endswith("/kernel") and not is_quantized(value):
-        return np.ascontiguousarray(value.T)
-    return value
-
-
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted([*path.glob("*.safetensors"), path / "config.json"] if path.is_dir() else [path])
-
-
-def _companions(source: Checkpoint) -> dict[str, bytes]:
-    """Tokenizer and generation settings: files of the input, or made from GGUF's metadata."""
-    if source.style != "hf":
-        return {name: text.encode() for name, text in read_tokenizer(source).to_files().items()}
-    paths = [source.path / name for name in _COMPANIONS]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
-
-
-def _weight_index(weight_map: Mapping[str, str]) -> dict[str, bytes]:
-    """The index that several files need."""
-    if len(set(weight_map.values())) == 1:
-        return {}
-    index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
-    return {"model.safetensors.index.json": _json(index)}
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

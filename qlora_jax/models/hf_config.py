@@ -39,6 +39,11 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
     family = config.model_type
     if family == "llama" and config.sliding_window:  # GGUF files call Mistral "llama"
         family = "mistral"
+    if family not in _ARCHITECTURES:
+        raise WeightsError(
+            f"a GGUF file of the family {family} cannot be turned into a Hugging Face folder. "
+            "Take the original Hugging Face model instead."
+        )
     values = dataclasses.asdict(config) | {
         "architectures": [_ARCHITECTURES[family]],
         "model_type": family,

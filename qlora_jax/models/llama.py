@@ -282,27 +282,42 @@ class Llama(nnx.Module):
         With `head` applied to a piece of it at a time, the logits of a whole batch need never
         exist.
         """
-        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        slots = start + jnp.arange(tokens.shape[1])
+        if cache is None:
+            x = self.embed(tokens, positions)
+            return self.norm(self.layer_outputs(x, positions=positions, segment_ids=segment_ids))
+        slots = cache.length + jnp.arange(tokens.shape[1])
         if positions is None:
             positions = jnp.broadcast_to(slots, tokens.shape)
-        if cache is not None:
-            if segment_ids is None:
-                segment_ids = jnp.ones_like(tokens)
-            cache = cache.append_segments(segment_ids)
-        x, cache = self._scan_layers(
-            self._embed(tokens, positions), slots, positions, segment_ids, cache
-        )
-        x = self.norm(x)
-        return x if cache is None else (x, cache.advance(tokens.shape[1]))
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        cache = cache.append_segments(segment_ids)
+        x = self.embed(tokens, positions)
+        x, cache = self._scan_layers(x, slots, positions, segment_ids, cache)
+        return self.norm(x), cache.advance(tokens.shape[1])
 
-    def _embed(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    def layer_outputs(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
+        """What the layers make of `x`, of `embed` or of other layers; the rest as in `__call__`."""
+        slots = jnp.arange(x.shape[1])
+        if positions is None:
+            positions = jnp.broadcast_to(slots, x.shape[:2])
+        return self._scan_layers(x, slots, positions, segment_ids, None)[0]
+
+    def embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """What goes into the first layer; arguments as in `__call__`."""
         x = self.embed_tokens(tokens)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         if self.config.position_offset is not None:
+            if positions is None:
+                positions = jnp.arange(tokens.shape[1])[None]
             x = x + self.embed_positions(positions + self.config.position_offset)
         return x
 

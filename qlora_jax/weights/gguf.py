@@ -94,7 +94,7 @@ class GGUFCheckpoint:
         self.naming = naming_of(self.config.get("general.architecture"), "gguf")
         if self.naming in FUSED_NAMINGS:
             self._entries = _split_fused(self._entries, self.config)
-        self._head_counts = _permuted_heads(self.config)
+        self._head_counts = permuted_heads(self.config)
 
     def names(self) -> list[str]:
         """Returns the names of all tensors in the order of the file."""
@@ -153,7 +153,23 @@ def unpermute_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
 
 
-def _permuted_heads(config: dict[str, Any]) -> dict[str, int]:
+def permute_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Turns rows for half-split RoPE into rows for interleaved RoPE: undoes `unpermute_rows`.
+
+    Args:
+      weight: `[num_heads * head_dim, ...]`; in each head one half after the other.
+      num_heads: number of query or of key heads.
+
+    Example:
+      >>> permute_rows(np.array([0, 1, 10, 11, 2, 3, 12, 13]), 2)
+      array([ 0, 10,  1, 11,  2, 12,  3, 13])
+    """
+    head_dim = weight.shape[0] // num_heads
+    halves = weight.reshape(num_heads, 2, head_dim // 2, *weight.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def permuted_heads(config: dict[str, Any]) -> dict[str, int]:
     """Returns the number of heads for each tensor kind whose rows the converter reordered."""
     architecture = config.get("general.architecture")
     if architecture not in _PERMUTED_ARCHITECTURES:

@@ -1,11 +1,19 @@
-"""Does a checkpoint fit a model? Answered for all tensors at once, before any is read."""
+"""Does a checkpoint fit a model? Answered for all tensors at once, before any is read.
+
+And the way back: the tensor of a checkpoint for a place in the model.
+"""
 
 import collections
 from collections.abc import Iterable, Mapping
 
+import jax
+import numpy as np
+
 from qlora_jax.errors import WeightsError
+from qlora_jax.quantized import QuantizedTensor
 from qlora_jax.weights.checkpoint import Checkpoint
 from qlora_jax.weights.names import Slot, find_slot, is_ignored, tensor_name
+from qlora_jax.weights.stacked import StackedCheckpoint
 
 _READABLE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _HEAD = Slot("lm_head/kernel", None)
@@ -56,6 +64,35 @@ def match_tensors(
             + "\nGive the configuration and the weights of the same model."
         )
     return plan
+
+
+def slot_names(checkpoint: Checkpoint) -> dict[Slot, str]:
+    """What a checkpoint calls the places in the model; empty where it has stacks of layers."""
+    if isinstance(checkpoint, StackedCheckpoint):
+        return {}
+    slots = {name: find_slot(name, checkpoint.naming) for name in checkpoint.names()}
+    return {slot: name for name, slot in slots.items() if slot is not None}
+
+
+def read_slot(checkpoint: Checkpoint, name: str | None, slot: Slot) -> np.ndarray | QuantizedTensor:
+    """Reads the tensor of a place in the model, in the orientation of files.
+
+    Args:
+      checkpoint: an open model of any kind.
+      name: what it calls the tensor; not looked at where it has stacks of layers.
+      slot: the place.
+
+    Returns:
+      The tensor of one layer; of a stacked checkpoint that is a part of an array.
+    """
+    if not isinstance(checkpoint, StackedCheckpoint):
+        return checkpoint.read(name)
+    value = checkpoint.read(slot.path)
+    if slot.layer is not None:
+        value = jax.tree.map(lambda leaf: leaf[slot.layer], value)
+    if slot.path.endswith("/kernel") and not isinstance(value, QuantizedTensor):
+        return np.ascontiguousarray(value.T)
+    return value
 
 
 def _by_layer(found: Iterable[tuple[Slot | None, str]], naming: str) -> list[str]:

@@ -32,6 +32,7 @@ JOURNAL = ".quantize.jsonl"
 _PARTIAL = ".partial"
 _FLUSH_BYTES = 256 << 20
 _ALIGNMENT = 64
+_CONTINUES = "Put that right and run the same command again; it continues where this one ended."
 _SPARE_BYTES = 16 << 20  # for configuration, tokenizer and journal
 
 
@@ -94,18 +95,20 @@ class FolderWriter:
       done: keys that are on the disk.
     """
 
-    def __init__(self, folder: pathlib.Path, job: Mapping[str, Any]):
+    def __init__(self, folder: pathlib.Path, job: Mapping[str, Any], *, advice: str = _CONTINUES):
         """Takes the folder; use it in a `with` statement.
 
         Args:
           folder: a new one, or one that holds the same job.
           job: what is done here, as JSON; a folder continues only the job it began.
+          advice: what to do after an error of the disk.
 
         Raises:
           WeightsError: the folder holds something else, another process writes there, or it cannot
             be written to.
         """
         self.folder, self._job = folder, json.loads(json.dumps(job))
+        self._advice = advice
         self.done: set[str] = set()
         self.finished = False
         self._tails: dict[str, str] = {}
@@ -311,8 +314,7 @@ class FolderWriter:
             yield
         except OSError as error:
             raise WeightsError(
-                f"{self.folder} cannot be written: {error.strerror or error}. Put that right and "
-                "run the same command again; it continues where this one ended."
+                f"{self.folder} cannot be written: {error.strerror or error}. {self._advice}"
             ) from error
 
 
