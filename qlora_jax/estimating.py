@@ -142,7 +142,7 @@ def _temporaries(
     if _has_flash_attention(config, shape, target, length):
         layer["attention's workspace"] = _workspace(config, shape, tokens)
     else:
-        layer["attention scores"] = 8 * rows * shape.num_attention_heads * length**2
+        layer["attention scores"] = _scores(config, shape, rows, length)
     chunk = min(config.train.loss_chunk, tokens)
     loss = {
         "gradients": sums,
@@ -210,6 +210,15 @@ def _workspace(config: config_dict.ConfigDict, shape: LlamaConfig, tokens: int) 
         heads = group
     grouped = 4 * shape.head_dim if group > 1 else 0
     return tokens * heads * (4 * (shape.head_dim + 1) + grouped)
+
+
+def _scores(config: config_dict.ConfigDict, shape: LlamaConfig, rows: int, length: int) -> int:
+    """What attention holds of the scores of a layer, where it holds them."""
+    heads, queries = shape.num_attention_heads, length
+    if _in_chunks(config):
+        heads //= shape.num_key_value_heads
+        queries = min(length, config.model.sequence_chunk)
+    return 8 * rows * heads * queries * length
 
 
 def _has_flash_attention(

@@ -15,7 +15,7 @@ import math
 import pathlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -27,10 +27,8 @@ from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import apply_qlora, linear_paths
 from qlora_jax.lora import lora_scaling
 from qlora_jax.nnx_linear import QLoRALinear
+from qlora_jax.peft_layers import Layer, PeftStack, layers_of, peft_stacks
 from qlora_jax.tree import join_path
-from qlora_jax.weights import Slot
-from qlora_jax.weights.fused import FUSED_NAMINGS
-from qlora_jax.weights.names import find_slot, naming_of, tensor_name
 from qlora_jax.weights.peft import open_adapter, read_adapter_tensor, tensor_names, write_adapter
 from qlora_jax.weights.peft_config import PeftConfig
 from qlora_jax.weights.safetensors import Entry
@@ -66,18 +64,17 @@ def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
             f"the model has adapters already ({', '.join(adapted)}), and a second one cannot "
             "be put on top; load the model anew, or merge them first (merge_model)."
         )
-    naming = _naming(model)
-    names = {place: _module_names(place, linear, naming) for place, linear in modules.items()}
+    layers = {place: layers_of(model, place, linear) for place, linear in modules.items()}
     sizes = {
-        name: (modules[place].in_features, modules[place].out_features)
+        layer.name: (modules[place].in_features, layer.rows(modules[place].out_features))
         for place in modules
-        for name in names[place]
+        for layer in layers[place]
     }
     config, entries = open_adapter(folder, sizes)
     stacks = {
-        place: _read_stack(names[place], linear, config, entries)
+        place: _read_stack(layers[place], linear, config, entries)
         for place, linear in modules.items()
-        if not entries.keys().isdisjoint(names[place])
+        if any(layer.name in entries for layer in layers[place])
     }
     groups = defaultdict(list)
     for place, stack in stacks.items():
@@ -101,7 +98,7 @@ def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
             linear.lora_b = nnx.LoRAParam(jnp.asarray(stacks[place].b))
             if config.use_dora:
                 start = linear.lora_magnitude.get_value()
-                magnitudes = _read_magnitudes(names[place], np.asarray(start), entries)
+                magnitudes = _read_magnitudes(layers[place], np.asarray(start), entries)
                 linear.lora_magnitude = nnx.LoRAParam(jnp.asarray(magnitudes))
     model.eval()
     return model
@@ -140,16 +137,15 @@ def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str
             "the model has no adapter, so there is nothing to write; give one that apply_qlora, "
             "load_adapter or load_trained returned."
         )
-    config = _peft_config(adapted) | {"base_model_name_or_path": base_model}
+    stacks = peft_stacks(model, adapted)
+    config = _peft_config(adapted, stacks) | {"base_model_name_or_path": base_model}
     tensors: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     values: dict[str, Callable[[], Any]] = {}
-    naming = _naming(model)
-    for place, linear in adapted.items():
-        adapter, _ = linear.original_adapter
-        for layer, module in enumerate(_module_names(place, linear, naming)):
-            index = (layer,) if linear.leading_shape else ()
+    for stack in stacks:
+        for layer, module in enumerate(stack.names):
+            index = (layer,) if stack.arrays[0].ndim > 2 else ()
             file_names = tensor_names(module, config["use_dora"])
-            for name, array in zip(file_names, adapter.values(), strict=True):
+            for name, array in zip(file_names, stack.arrays, strict=True):
                 tensors[name] = array.shape[len(index) :][::-1], np.dtype(array.dtype)
                 values[name] = lambda array=array, index=index: np.asarray(array[index]).T
     write_adapter(folder, config, tensors, lambda name: values[name]())
@@ -166,33 +162,6 @@ def _linears(model: nnx.Module) -> dict[str, QLoRALinear]:
     }
 
 
-def _naming(model: nnx.Module) -> str:
-    """How transformers names the modules of a model."""
-    naming = naming_of(getattr(getattr(model, "config", None), "model_type", None), "hf")
-    if naming in FUSED_NAMINGS:
-        raise ConfigError(
-            f"adapters of {model.config.model_type} models cannot be exchanged with PEFT: in "
-            "transformers several of its projections are one layer, which has one adapter."
-        )
-    return naming
-
-
-def _module_names(place: str, linear: QLoRALinear, naming: str) -> list[str]:
-    """The Hugging Face name of each layer of a stack, or of the one layer that is in none."""
-    leading = linear.leading_shape
-    names = []
-    for layer in range(leading[0]) if leading else (None,):
-        slot = Slot(f"{place}/kernel", layer)
-        name = tensor_name(slot, naming)
-        if find_slot(name, naming) != slot:
-            raise ConfigError(
-                f"{place} has no name in PEFT; adapters can be exchanged for the models that "
-                "load_model makes (Llama, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, OPT)."
-            )
-        names.append(name.removesuffix(".weight"))
-    return names
-
-
 class _Stack(NamedTuple):
     """The adapter of all layers of a projection."""
 
@@ -203,10 +172,10 @@ class _Stack(NamedTuple):
 
 
 def _read_stack(
-    names: list[str], linear: QLoRALinear, config: PeftConfig, entries: Entries
+    layers: list[Layer], linear: QLoRALinear, config: PeftConfig, entries: Entries
 ) -> _Stack:
     """Reads the layers of one projection into one array; see the module."""
-    held = [name for name in names if name in entries]
+    held = [layer.name for layer in layers if layer.name in entries]
     ranks = {name: config.rank_of(name) for name in held}
     scalings = {
         name: lora_scaling(ranks[name], config.alpha_of(name), config.use_rslora) for name in held
@@ -218,34 +187,37 @@ def _read_stack(
     dtypes = [jnp.result_type(*(entries[name][i].dtype for name in held)) for i in (0, 1)]
     if len(set(scalings.values())) > 1:
         dtypes[1] = np.float32
-    a = np.zeros((len(names), linear.in_features, rank), dtypes[0])
-    b = np.zeros((len(names), rank, linear.out_features), dtypes[1])
-    for name in held:
-        layer, (name_a, name_b) = names.index(name), tensor_names(name)
-        a[layer, :, : ranks[name]] = read_adapter_tensor(entries[name][0], name_a).T
-        value = read_adapter_tensor(entries[name][1], name_b).T
+    a = np.zeros((len(layers), linear.in_features, rank), dtypes[0])
+    b = np.zeros((len(layers), rank, linear.out_features), dtypes[1])
+    for index, layer in enumerate(layers):
+        if (name := layer.name) not in entries:
+            continue
+        name_a, name_b = tensor_names(name)
+        a[index, :, : ranks[name]] = read_adapter_tensor(entries[name][0], name_a).T
+        value = layer.take(read_adapter_tensor(entries[name][1], name_b)).T
         if scalings[name] != scaling:
             value = value.astype(np.float32) * np.float32(scalings[name] / scaling)
-        b[layer, : ranks[name]] = value
+        b[index, : ranks[name]] = value
     leading = linear.leading_shape
     return _Stack(a.reshape(*leading, *a.shape[1:]), b.reshape(*leading, *b.shape[1:]), rank, alpha)
 
 
-def _read_magnitudes(names: list[str], start: np.ndarray, entries: Entries) -> np.ndarray:
+def _read_magnitudes(layers: list[Layer], start: np.ndarray, entries: Entries) -> np.ndarray:
     """The magnitudes of one projection; those of its base, `start`, where a layer has none."""
-    held = {layer: name for layer, name in enumerate(names) if name in entries}
-    dtypes = [entries[name][2].dtype for name in held.values()]
+    held = {index: layer for index, layer in enumerate(layers) if layer.name in entries}
+    dtypes = [entries[layer.name][2].dtype for layer in held.values()]
     # A rounded norm is none: a layer without an adapter would change.
-    dtypes += [np.float32] * (len(held) < len(names))
-    magnitudes = start.reshape(len(names), -1).astype(jnp.result_type(*dtypes))
-    for layer, name in held.items():
-        magnitudes[layer] = read_adapter_tensor(entries[name][2], tensor_names(name, True)[2])
+    dtypes += [np.float32] * (len(held) < len(layers))
+    magnitudes = start.reshape(len(layers), -1).astype(jnp.result_type(*dtypes))
+    for index, layer in held.items():
+        name = tensor_names(layer.name, True)[2]
+        magnitudes[index] = layer.take(read_adapter_tensor(entries[layer.name][2], name))
     return magnitudes.reshape(start.shape)
 
 
-def _peft_config(adapted: Mapping[str, QLoRALinear]) -> dict[str, Any]:
+def _peft_config(adapted: Mapping[str, QLoRALinear], stacks: Sequence[PeftStack]) -> dict[str, Any]:
     """The `adapter_config.json`; what most projections share is the default of its patterns."""
-    rsloras = {linear.use_rslora for linear in adapted.values()}
+    rsloras = {stack.use_rslora for stack in stacks}
     use_rslora = rsloras == {True}
     doras = {linear.lora_magnitude is not None: path for path, linear in adapted.items()}
     if len(doras) > 1:
@@ -254,13 +226,11 @@ def _peft_config(adapted: Mapping[str, QLoRALinear]) -> dict[str, Any]:
             "adapter cannot hold; give all of them magnitudes (QLoRALinear.add_magnitude)."
         )
     ranks, alphas = {}, {}
-    for path, linear in adapted.items():
-        name = path.rpartition("/")[2]
-        adapter, alpha = linear.original_adapter
-        rank = adapter["lora_a"].shape[-1]
-        if linear.use_rslora and not use_rslora:  # mixed: each says its scaling as alpha / rank
-            alpha = lora_scaling(rank, alpha, True) * rank
-        ranks[name], alphas[name] = rank, int(alpha) if alpha == int(alpha) else alpha
+    for stack in stacks:
+        name, alpha = stack.last_name, stack.alpha
+        if stack.use_rslora and not use_rslora:  # mixed: each says its scaling as alpha / rank
+            alpha = lora_scaling(stack.rank, alpha, True) * stack.rank
+        ranks[name], alphas[name] = stack.rank, int(alpha) if alpha == int(alpha) else alpha
     rank, alpha = (max(d.values(), key=list(d.values()).count) for d in (ranks, alphas))
     return {
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
@@ -269,7 +239,7 @@ def _peft_config(adapted: Mapping[str, QLoRALinear]) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
-        "lora_dropout": max(linear.dropout for linear in adapted.values()),
+        "lora_dropout": max(stack.dropout for stack in stacks),
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,

@@ -42,7 +42,12 @@ def test_logits_equal_transformers(golden, case):
     np.testing.assert_allclose(forward(model, ids), logits, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", CASES)
+def slow_but(*quick):
+    """All cases, those that others stand for marked slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize("case", slow_but("gemma2", "phi3"))
 def test_decoding_with_a_cache_equals_one_pass(golden, case):
     model, ids, logits = golden(case)
     cache = model.init_cache(batch_size=2, max_len=24)
@@ -53,11 +58,6 @@ def test_decoding_with_a_cache_equals_one_pass(golden, case):
         rest.append(out)
     ours = jnp.concatenate([first, *rest], axis=1)
     np.testing.assert_allclose(ours, logits, rtol=0, atol=TOLERANCE)
-
-
-def slow_but(*quick):
-    """All cases, those that others stand for marked slow."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
 @pytest.mark.parametrize("case", slow_but("gemma3", "opt", "gpt_neox"))

@@ -1,4 +1,4 @@
-"""Makes peft_<case>/: adapters as PEFT saves them, with the logits that it computes.
+"""Makes peft_<case>/ and family_peft_<case>/: adapters as PEFT saves them, with its logits.
 
 Run it where transformers and peft are installed (Python 3.11, CPU build of torch):
 
@@ -13,12 +13,14 @@ import json
 import pathlib
 import shutil
 import sys
+import tempfile
 
 import numpy as np
 import peft
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 HERE = pathlib.Path(__file__).parent
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -53,8 +55,38 @@ CASES = {
 DTYPES = {"qwen2": torch.bfloat16, "mistral": torch.float16, "dora_qwen3": torch.bfloat16}
 
 
+# Bases of `make_families.py`. In phi3 and gpt_neox several projections are one layer.
+FAMILIES = {
+    "phi3": dict(r=3, lora_alpha=6, target_modules="all-linear", rank_pattern={"qkv_proj": 2}),
+    "gpt_neox": dict(
+        r=2, lora_alpha=6, target_modules=["query_key_value", "dense", "dense_4h_to_h"]
+    ),
+    "opt": dict(r=2, target_modules=["k_proj", "out_proj", "fc1"]),
+    "gemma3": dict(r=2, target_modules="all-linear"),
+}
+
+
+def family_model(case: str) -> tuple[transformers.PreTrainedModel, torch.Tensor]:
+    """A tiny model of `make_families.py`, and its token ids."""
+    with safe_open(HERE / f"family_{case}.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        config = file.metadata()["config"]
+    ids, expected = tensors.pop("golden.ids").long(), tensors.pop("golden.logits")
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(config)
+        save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    return model, ids
+
+
 def base_model(case: str) -> tuple[transformers.PreTrainedModel, torch.Tensor]:
     """A tiny model of `make_llama.py`, and its token ids."""
+    if case in FAMILIES:
+        return family_model(case)
     with safe_open(HERE / f"llama_{case}.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         config = json.loads(file.metadata()["config"])
@@ -88,7 +120,7 @@ def make(case: str, options: dict) -> None:
             if ".lora_" in name:
                 value.data = value.data.to(DTYPES.get(case, torch.float32)).float()
         logits = model(ids).logits
-    folder = HERE / f"peft_{case}"
+    folder = HERE / (f"family_peft_{case}" if case in FAMILIES else f"peft_{case}")
     shutil.rmtree(folder, ignore_errors=True)
     model.to(DTYPES.get(case, torch.float32))
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -99,5 +131,6 @@ def make(case: str, options: dict) -> None:
 
 
 if __name__ == "__main__":
-    for case in sys.argv[1:] or CASES:
-        make(case, CASES[case])
+    every = CASES | FAMILIES
+    for case in sys.argv[1:] or every:
+        make(case, every[case])

@@ -124,21 +124,31 @@ def main() -> None:
                 folder / "smol" / "base"
             )
             check("SmolLM2-135M", args.ours, folder / "smol" / "base", folder / "smol")
-        tiny = transformers.LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-        )
-        (folder / "tiny").mkdir()
-        base = folder / "tiny" / "base"
-        transformers.LlamaForCausalLM(tiny).save_pretrained(base)
-        words = tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>")
-        tokenizers.Tokenizer(words).save(str(base / "tokenizer.json"))
-        check("tiny Llama", args.ours, base, folder / "tiny")
+        for family in ("llama", "phi3", "gpt_neox", "opt", "gemma2"):
+            check_tiny(family, args.ours, folder / family)
+
+
+def check_tiny(family: str, ours: str, folder: pathlib.Path) -> None:
+    """Both directions for a random model of a family."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=0,
+        **(dict(ffn_dim=96, word_embed_proj_dim=64, init_std=0.2) if family == "opt" else {}),
+    )
+    folder.mkdir()
+    base = folder / "base"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    words = tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>")
+    tokenizers.Tokenizer(words).save(str(base / "tokenizer.json"))
+    check(f"tiny {family}", ours, base, folder)
 
 
 if __name__ == "__main__":
