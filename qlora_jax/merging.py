@@ -127,7 +127,9 @@ class MergedCheckpoint:
         linear = self._linears.get(slot.path)
         if linear is not None:
             index = () if slot.layer is None else slot.layer
-            adapter = {name: matrix[index] for name, matrix in linear.adapter.items()}
+            # Where something was taken out of the weights, the original ones get it back.
+            adapter = linear.adapter if self._original is None else linear.original_adapter[0]
+            adapter = {name: matrix[index] for name, matrix in adapter.items()}
             scaling = lora_scaling(linear.rank, linear.alpha, linear.use_rslora)
             base = _merge(base, adapter, scaling)
         elif is_quantized(base):

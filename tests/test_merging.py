@@ -19,6 +19,7 @@ from qlora_jax.merged_files import whole_or_nothing, write_4bit_folder, write_hf
 from qlora_jax.merging import MergedCheckpoint
 from qlora_jax.quantized import QuantizedTensor, dequantize, quantize
 from qlora_jax.streaming import StreamedModel
+from qlora_jax.subtraction import set_subtracted
 from qlora_jax.vocabulary import quantize_vocabulary
 from qlora_jax.weights import Slot, open_checkpoint
 from qlora_jax.weights.safetensors import read_header
@@ -63,6 +64,21 @@ def test_each_tensor_is_its_base_plus_the_delta(llama2, original):
             base = np.asarray(dequantize(quantize(jnp.asarray(stored), block_size=32)))
         np.testing.assert_allclose(value, base + delta_of(linear, slot.layer), atol=1e-6)
         assert np.abs(value - base).max() > 0.02
+
+
+def test_the_original_weights_get_back_what_was_taken_out_of_them(llama2):
+    model, source = llama2
+    linear = model.layers.mlp.up_proj
+    taken = {name: matrix * 0.5 + 0.03 for name, matrix in linear.adapter.items()}
+    set_subtracted(model, {"layers/mlp/up_proj": taken})
+    name = "model.layers.1.mlp.up_proj.weight"
+    a, b = (np.asarray(matrix[1], np.float64) for matrix in taken.values())
+    given_back = (a @ b).T * 6 / np.sqrt(2)
+    stored, delta = source.read(name), delta_of(linear, 1)
+    original = MergedCheckpoint(model, source, original=source).read(name)
+    np.testing.assert_allclose(original, stored + delta - given_back, atol=1e-6)
+    trained = dequantize(quantize(jnp.asarray(stored), block_size=32)) + delta
+    np.testing.assert_allclose(MergedCheckpoint(model, source).read(name), trained, atol=1e-6)
 
 
 def test_rounding_happens_once_and_is_checked(llama2):
