@@ -1,7 +1,9 @@
 """Configurations and files of the families that are not like Llama, and what is refused."""
 
+import dataclasses
 import json
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from flax import nnx
 from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.loading import fill_model, packed_linears, quantize_as, read_config
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.hf_config import to_hf
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.rope import RopeScaling
 from qlora_jax.models.shapes import SHAPES
@@ -157,6 +160,74 @@ def test_files_of_other_versions_are_the_same_model(tmp_path, case, change, more
         outer = {"model_type": "gemma3", "text_config": text, "eos_token_id": 1}
         (folder / "config.json").write_text(json.dumps(outer))
     assert same_weights(load(tmp_path / "plain"), load(folder))
+
+
+GGUF_NAMES = {
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+}
+
+
+def write_gguf(case: str, path):
+    """A case as llama.cpp's converter writes it: names by its own table, norms of Gemma plus 1."""
+    tensors, config = golden_file(case)
+    arch, heads = GGUF_NAMES[case], config["num_attention_heads"]
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config.get("head_dim", config["hidden_size"] // heads))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_sliding_window(config["sliding_window"])
+    if case == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if case == "gemma3":
+        writer.add_rope_freq_base(1e4)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_float32("gemma3.rope.freq_base_swa", 100.0)
+        writer.add_array("gemma3.attention.sliding_window_pattern", [True, False, True])
+    for name, value in tensors.items():
+        if not name.startswith("golden."):
+            shift = 1.0 if case.startswith("gemma") and name.endswith("norm.weight") else 0.0
+            writer.add_tensor(names.get_name(name, (".weight",)), value + np.float32(shift))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("case", GGUF_NAMES)
+def test_a_gguf_file_is_the_same_model(tmp_path, case):
+    """But for scores, which in GGUF are always divided by the root of a head's size."""
+    write_folder(case, tmp_path / "plain")
+    plain, read = load(tmp_path / "plain"), load(write_gguf(case, tmp_path / "model.gguf"))
+    scalar = 16.0 if case.startswith("gemma") else None
+    expected = dataclasses.replace(plain.config, query_pre_attn_scalar=scalar)
+    eps = dataclasses.replace(read.config, rms_norm_eps=expected.rms_norm_eps)
+    assert eps == expected
+    assert LlamaConfig.from_hf(to_hf(read.config)) == read.config
+    a, b = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (plain, read))
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_allclose(a[path][...], b[path][...], rtol=0, atol=1e-6)
+
+
+def test_a_gguf_file_with_longrope_is_refused():
+    metadata = {"general.architecture": "phi3", "phi3.rope.scaling.attn_factor": 1.2}
+    metadata |= {f"phi3.{key}": 8 for key in ("block_count", "vocab_size", "embedding_length")}
+    metadata |= {"phi3.feed_forward_length": 8, "phi3.context_length": 8}
+    metadata |= {"phi3.attention.head_count": 2, "phi3.attention.layer_norm_rms_epsilon": 1e-5}
+    with pytest.raises(WeightsError, match="RoPE scaling 'longrope'"):
+        LlamaConfig.from_gguf(metadata)
 
 
 def load_packed(folder):

@@ -183,7 +183,7 @@ class LlamaConfig:
         """
         arch = metadata.get("general.architecture")
         # Mistral is written as the architecture llama; a dense model has no expert_count, or 0.
-        if arch not in ("llama", "qwen2", "qwen3") or metadata.get(f"{arch}.expert_count"):
+        if arch not in families.GGUF_ARCHITECTURES or metadata.get(f"{arch}.expert_count"):
             raise _unsupported(f"the GGUF file has general.architecture {arch!r}", metadata, arch)
         heads = _gguf(metadata, arch, "attention.head_count")
         hidden = _gguf(metadata, arch, "embedding_length")
@@ -199,23 +199,28 @@ class LlamaConfig:
             raise WeightsError(
                 f"the GGUF file's metadata has neither {arch}.vocab_size nor tokenizer.ggml.tokens."
             )
+        layers = _gguf(metadata, arch, "block_count")
+        values = families.gguf_values(metadata, arch, layers, head_dim, hidden // heads)
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden,
             intermediate_size=_gguf(metadata, arch, "feed_forward_length"),
-            num_hidden_layers=_gguf(metadata, arch, "block_count"),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=_gguf(metadata, arch, "attention.head_count_kv", heads),
             head_dim=head_dim,
             max_position_embeddings=_gguf(metadata, arch, "context_length"),
             rms_norm_eps=float(_gguf(metadata, arch, "attention.layer_norm_rms_epsilon")),
-            rope_theta=float(metadata.get(f"{arch}.rope.freq_base", 10000.0)),
+            rope_theta=float(
+                metadata.get(f"{arch}.rope.freq_base", values.get("rope_theta", 10000.0))
+            ),
+            rope_local_base_freq=values.get("rope_local_base_freq"),
             rope_scaling=_gguf_rope_scaling(metadata, arch, rope_factors),
             tie_word_embeddings=tie_word_embeddings,
-            qkv_bias=arch == "qwen2",
-            qk_norm=arch == "qwen3",
-            sliding_window=metadata.get(f"{arch}.attention.sliding_window") or None,
-            model_type=arch,
+            model_type=values["model_type"],
+            hidden_act=families.activation(values),
+            **families.windows(values),
+            **families.variants(values),
         )
 
 
@@ -224,9 +229,10 @@ def _unsupported(
 ) -> WeightsError:
     if metadata and (experts := metadata.get(f"{arch}.expert_count")):
         found += f" with {experts} experts"
+    names = SUPPORTED if metadata is None else families.GGUF_ARCHITECTURES
     return WeightsError(
         f"{found}, which is not supported. Supported are dense decoders of the families "
-        f"{', '.join(SUPPORTED)} (Llama 1 to 3.2, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3, "
+        f"{', '.join(names)} (Llama 1 to 3.2, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3, "
         "Gemma 2 and 3, Phi-3 and 4, OPT, Pythia); mixtures of experts are not."
     )
 
@@ -249,6 +255,8 @@ def _gguf_rope_scaling(
     if factors is not None:
         return RopeScaling("factors", factors=tuple(float(x) for x in factors))
     kind = metadata.get(f"{arch}.rope.scaling.type", "none")
+    if f"{arch}.rope.scaling.attn_factor" in metadata:
+        kind = "longrope"
     if kind == "none":
         return None
     if kind == "linear":

@@ -90,6 +90,7 @@ _FAMILY_ACTIVATIONS = {
     "opt": ("relu", *_GELUS),
     "gpt_neox": ("relu", *_GELUS),
 }
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 _LINEAR_KEYS = ("factor",)
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
 
@@ -266,10 +267,10 @@ def windows(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     window, layers = values.get("sliding_window"), range(values["num_hidden_layers"])
     family = values["model_type"]
+    if window and (family in ("mistral", "phi3") or values.get("window_in_every_layer")):
+        return {"sliding_window": window}
     if family in ("llama", "opt", "gpt_neox") or not window:
         return {}
-    if family in ("mistral", "phi3"):
-        return {"sliding_window": window}
     gemma = family.startswith("gemma")
     if not gemma and not values.get("use_sliding_window"):
         return {}
@@ -283,3 +284,41 @@ def windows(values: Mapping[str, Any]) -> dict[str, Any]:
     if len(full) == len(layers):
         return {}
     return {"sliding_window": window, "full_attention_layers": full}
+
+
+def gguf_values(
+    metadata: Mapping[str, Any], arch: str, layers: int, head_dim: int, hidden_a_head: int
+) -> dict[str, Any]:
+    """What GGUF metadata say or imply, by the keys that a config.json has after `normalize`.
+
+    llama.cpp knows of some families what its files do not say: which layers see everything, and
+    that the 27B models of Gemma divide scores by other than the root of a head's size.
+
+    Args:
+      metadata: of the file.
+      arch: one of `GGUF_ARCHITECTURES`.
+      layers: of the model.
+      head_dim: size of a head.
+      hidden_a_head: the width of the residual stream, divided by the number of query heads.
+
+    >>> gguf_values({}, "gemma2", 46, 128, 144)["query_pre_attn_scalar"]
+    144
+    """
+    family = "gemma3_text" if arch == "gemma3" else arch
+    values = {**DEFAULTS[family], "model_type": family, "num_hidden_layers": layers}
+    values["sliding_window"] = metadata.get(f"{arch}.attention.sliding_window") or None
+    if not family.startswith("gemma"):
+        return values | {"window_in_every_layer": True}
+    large = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
+    values["query_pre_attn_scalar"] = hidden_a_head if large else head_dim
+    pattern = metadata.get(f"{arch}.attention.sliding_window_pattern")
+    if isinstance(pattern, list):  # whether a layer has the window
+        values["layer_types"] = ["sliding_attention" if w else "full_attention" for w in pattern]
+    elif pattern:
+        values["pattern"] = pattern
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if f"{arch}.{key}" in metadata:
+            values[key] = float(metadata[f"{arch}.{key}"])
+    if arch == "gemma3":
+        values["rope_local_base_freq"] = float(metadata.get(f"{arch}.rope.freq_base_swa", 10000.0))
+    return values

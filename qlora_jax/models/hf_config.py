@@ -12,7 +12,19 @@ _ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
+# Fields that no config.json has: the family says them, or other keys.
+_OURS = (
+    *("qkv_bias", "o_bias", "qk_norm", "full_attention_layers", "gated_mlp", "norm", "post_norms"),
+    *("parallel_residual", "scale_embeddings", "position_offset", "rotary_dim"),
+)
+_GEMMA = (
+    *("rope_local_base_freq", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
 
 
 def to_hf(config: LlamaConfig) -> dict[str, Any]:
@@ -47,19 +59,20 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config) | {
         "architectures": [_ARCHITECTURES[family]],
         "model_type": family,
-        "hidden_act": "silu",
         "attention_bias": config.o_bias,
         "rope_scaling": _rope_scaling(config.rope_scaling),
     }
-    if family.startswith("qwen"):
+    if family.startswith(("qwen", "gemma")):
         full = set(config.full_attention_layers)
         values["use_sliding_window"] = config.sliding_window is not None
         values["layer_types"] = [
             "full_attention" if i in full or not config.sliding_window else "sliding_attention"
             for i in range(config.num_hidden_layers)
         ]
-    for ours in ("qkv_bias", "o_bias", "qk_norm", "full_attention_layers"):
-        del values[ours]
+    if family.startswith("gemma"):
+        values["hidden_activation"] = values["hidden_act"]
+    for name in (*_OURS, *(() if family.startswith("gemma") else _GEMMA)):
+        del values[name]
     read = LlamaConfig.from_hf(values)
     if dataclasses.replace(read, model_type=config.model_type) != config:
         raise WeightsError(
