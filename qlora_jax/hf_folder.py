@@ -25,6 +25,7 @@ _COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "spiece.model",
     "vocab.json",
     "merges.txt",
     _TEMPLATE_FILE,

@@ -39,6 +39,7 @@ _FILE_SUFFIXES = (".gguf", ".json", ".jsonl", ".txt", ".py", ".safetensors", ".b
 # What the tokenizer and generation read; a model need not have them all.
 _SMALL_FILES = (
     "tokenizer.json",
+    "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
@@ -260,7 +261,7 @@ def _fetch_weights(repository: _Repository) -> None:
 
 def _is_whole(folder: pathlib.Path) -> bool:
     """Whether a model is there; weights come last, so that what it has beside them is there too."""
-    if not (folder / "tokenizer.json").exists():
+    if not any((folder / name).exists() for name in ("tokenizer.json", "spiece.model")):
         return False
     if (folder / _INDEX).exists():
         return all((folder / shard).exists() for shard in _shards(folder / _INDEX))

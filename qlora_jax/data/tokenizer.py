@@ -17,6 +17,7 @@ import xxhash
 from qlora_jax.data.chat_formats import find_chat_format
 from qlora_jax.data.chat_template import render_chat_template
 from qlora_jax.data.gguf_tokenizer import adds_bos, build_gguf_tokenizer
+from qlora_jax.data.sentencepiece_model import build_sentencepiece_tokenizer
 from qlora_jax.errors import DataError, WeightsError
 
 # A model may end its turn with another token than the one its files name (SmolLM2 and Qwen name one
@@ -125,9 +126,10 @@ class Tokenizer:
         """Reads a Hugging Face tokenizer.
 
         Args:
-          path: a folder with `tokenizer.json`, or that file. From the same folder are read, where
-            they are there, `tokenizer_config.json`, `special_tokens_map.json`,
-            `generation_config.json`, `config.json` and `chat_template.jinja`.
+          path: a folder with `tokenizer.json` (or with T5's `spiece.model`), or that file. From the
+            same folder are read, where they are there, `tokenizer_config.json`,
+            `special_tokens_map.json`, `generation_config.json`, `config.json` and
+            `chat_template.jinja`.
 
         Returns:
           The tokenizer.
@@ -316,6 +318,9 @@ def _explain_unencodable(text: Any) -> str:
 def _load_backend(file: pathlib.Path) -> tokenizers.Tokenizer:
     """Reads `tokenizer.json`."""
     if not file.is_file():
+        spiece = file.with_name("spiece.model")
+        if spiece.is_file():
+            return build_sentencepiece_tokenizer(spiece, _extra_ids(file.parent))
         hint = ""
         if (file.parent / "tokenizer.model").is_file():
             hint = (
@@ -329,6 +334,13 @@ def _load_backend(file: pathlib.Path) -> tokenizers.Tokenizer:
         raise WeightsError(
             f"{file} cannot be read as a tokenizer: {error}. Download it again."
         ) from None
+
+
+def _extra_ids(folder: pathlib.Path) -> int:
+    """How many sentinels T5's tokenizer adds: what its files say, else 100, and none for mT5."""
+    said = _read_json(folder / "tokenizer_config.json").get("extra_ids")
+    is_t5 = _read_json(folder / "config.json").get("model_type") == "t5"
+    return (100 if is_t5 else 0) if said is None else int(said)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
