@@ -23,8 +23,10 @@ import jax
 from ml_collections import config_dict
 
 from pallas_kernels import devices
+from qlora_jax.errors import ConfigError
 from qlora_jax.models.attention import implementation
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.t5_config import T5Config
 from qlora_jax.optim.paged import PAGE_BYTES
 from qlora_jax.placement import tree_bytes
 from qlora_jax.planning import CONTEXT_BYTES, AbstractRun, abstract_run
@@ -84,12 +86,17 @@ def estimate(config: config_dict.ConfigDict, device: str = "h100") -> Estimate:
         device: one of `targets.TARGETS`.
 
     Raises:
-        ConfigError: a field cannot be used.
+        ConfigError: a field cannot be used, or the model is an encoder-decoder.
         TargetError: unknown device.
         UserError: the model's shape is nowhere to be found.
     """
     target = find_target(device)
     run = abstract_run(config, target)
+    if isinstance(run.shape, T5Config):
+        raise ConfigError(
+            f"{config.model.path} is an encoder-decoder, for which there is no estimate; compile "
+            'its plan, without --estimate and with pip install "qlora-jax[cuda]"'
+        )
     remat = _remat(config, target)
     size = measure(run.state.lora, run.frozen)
     parts = {

@@ -43,6 +43,7 @@ from qlora_jax.merged_files import (
     write_hf_folder,
 )
 from qlora_jax.merging import MergedCheckpoint
+from qlora_jax.models.t5 import T5
 from qlora_jax.streaming import StreamedModel
 from qlora_jax.training import load_trained
 from qlora_jax.training.data import load_training_data, token_options
@@ -138,7 +139,8 @@ def export_merged(
         The figures of base, adapted and merged models.
 
     Raises:
-        ConfigError: options that do not go together; no original weights; no held-out text.
+        ConfigError: options that do not go together; no original weights; no held-out text; the
+            model is an encoder-decoder.
         ExportError: the merged model is worse by more than `max_regression`; nothing was left.
         WeightsError: the format cannot hold the model, or `out` cannot be written.
 
@@ -150,6 +152,11 @@ def export_merged(
     with whole_or_nothing(out) as partial:
         step("loading the run")
         model, tokenizer = load_trained(workdir)
+        if isinstance(model, T5):
+            raise ConfigError(
+                f"{workdir} trained an encoder-decoder, whose adapters are not merged here; export "
+                "them with --format=peft, and merge them with PEFT's merge_and_unload."
+            )
         config = load_config(pathlib.Path(workdir).expanduser() / "config.json")
         batches = _batches(config, tokenizer, eval_path, eval_tokens)
         merged = _merged_checkpoints(model, config, weights, _HF_DTYPES.get(dtype, jnp.float32))

@@ -7,8 +7,10 @@ where an interrupt is noticed. Padded prompt, cache and chunk have sizes from a 
 buckets"), and everything else that changes from call to call is an argument of the compiled
 programs, so that a new prompt does not compile again.
 
-`model` is any NNX module with the interface of `qlora_jax.models.llama.Llama`, with adapters or
-not. Dropout is off while generating, whatever mode the model is in, and the model is not changed.
+`model` is any NNX module with the interface of `qlora_jax.models.llama.Llama`, or a
+`qlora_jax.models.t5.T5`, with adapters or not. A T5 reads its prompts with the encoder and begins a
+target of its own; all else is the same. Dropout is off while generating, whatever mode the model is
+in, and the model is not changed.
 """
 
 import dataclasses
@@ -22,9 +24,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from qlora_jax.data.chat_formats import cut_at_stop
+from qlora_jax.data.pairs import encode_source
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.models.attention import KVCache
+from qlora_jax.models.t5 import T5, T5Cache
 from qlora_jax.sampling import Sampling, greedy_tokens, sample_tokens
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -45,7 +49,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Continues every prompt until the model ends or `max_new_tokens` are reached.
+    """Continues (a T5: answers) every prompt until the model ends or `max_new_tokens` are reached.
 
     Args:
       model: see the module.
@@ -71,7 +75,8 @@ def generate(
     """
     if isinstance(prompts, str | Mapping):
         raise DataError("prompts must be a list of prompts; put this one into a list: [prompt].")
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    has_encoder = isinstance(model, T5)
+    prompt_ids = [encode_prompt(tokenizer, prompt, for_encoder=has_encoder) for prompt in prompts]
     stops = tokenizer.stop_strings
 
     def is_over(ids: list[int]) -> bool:
@@ -88,17 +93,18 @@ def generate(
         is_over=is_over if stops else None,
     )
     return [
-        _cut(_decode_text(tokenizer, prompt, before, after), prompt, stops)
+        _cut(_decode_text(tokenizer, prompt, [] if has_encoder else before, after), prompt, stops)
         for prompt, before, after in zip(prompts, prompt_ids, new_ids, strict=True)
     ]
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, *, for_encoder: bool = False) -> list[int]:
     """The token ids a model has to see for a text or a conversation.
 
     Args:
       tokenizer: the model's.
       prompt: see `generate`. An empty text is a text that begins: its only token is BOS.
+      for_encoder: whether an encoder reads it, for which a text ends with its end token.
 
     Returns:
       At least one id.
@@ -114,7 +120,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     if not isinstance(prompt, str):
         if not prompt:
             raise DataError("a conversation needs at least one message, got an empty list.")
-        return tokenizer.encode(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        return encode_source(tokenizer, prompt) if for_encoder else tokenizer.encode(prompt)
+    if for_encoder:
+        return encode_source(tokenizer, prompt)
     ids, bos = tokenizer.encode(prompt), tokenizer.bos_token_id
     if not ids and bos is None:
         raise DataError("the prompt is empty and the model has no BOS token: give some text.")
@@ -166,7 +175,9 @@ def generate_ids(
     """
     sampling = sampling or Sampling()
     sampling.validate()
-    _check_lengths(prompt_ids, max_new_tokens, model.config.max_position_embeddings)
+    has_encoder = isinstance(model, T5)
+    limit = None if has_encoder else model.config.max_position_embeddings
+    _check_lengths(prompt_ids, max_new_tokens, limit)
     if not prompt_ids:
         return []
     model = nnx.merge(*nnx.split(model))  # a copy that shares the arrays
@@ -174,7 +185,8 @@ def generate_ids(
     graphdef, state = nnx.split(model)
 
     tokens, lengths = pad_left(prompt_ids)
-    cache_len = _bucket(tokens.shape[1] + max_new_tokens, _SHORTEST_CACHE_BUCKET)
+    begun = 1 if has_encoder else tokens.shape[1]
+    cache_len = _bucket(begun + max_new_tokens, _SHORTEST_CACHE_BUCKET)
     # No token has the id -1: without an end token only the limit ends a reply.
     eos = jnp.asarray(list(eos_token_ids) or [-1], jnp.int32)
     choice = (sampling.as_arrays(), jax.random.key(seed), eos)
@@ -214,9 +226,9 @@ def pad_left(
 class _Run:
     """The state of a batch between two tokens."""
 
-    cache: KVCache
+    cache: KVCache | T5Cache
     token: Int[Array, " B"]  # the last one chosen, which the model has not seen yet
-    position: Int[Array, " B"]  # of that token
+    position: Int[Array, " B"]  # of that token, where the model counts
     finished: Bool[Array, " B"]
     step: Int[Array, ""]  # tokens chosen so far
 
@@ -235,12 +247,18 @@ def _prefill(graphdef, state, tokens, lengths, sampling, key, eos, *, cache_len,
     model = nnx.merge(graphdef, state)
     batch, width = tokens.shape
     positions = jnp.arange(width) - (width - lengths)[:, None]
-    hidden, cache = model.hidden_states(
-        tokens,
-        positions=jnp.maximum(positions, 0),
-        segment_ids=(positions >= 0).astype(jnp.int32),
-        cache=model.init_cache(batch, cache_len),
-    )
+    segment_ids = (positions >= 0).astype(jnp.int32)
+    if isinstance(model, T5):
+        start = jnp.full((batch, 1), model.config.decoder_start_token_id, jnp.int32)
+        cache = model.init_cache(tokens, cache_len, segment_ids)
+        hidden, cache = model.decode_cached(start, cache)
+    else:
+        hidden, cache = model.hidden_states(
+            tokens,
+            positions=jnp.maximum(positions, 0),
+            segment_ids=segment_ids,
+            cache=model.init_cache(batch, cache_len),
+        )
     step = jnp.zeros((), jnp.int32)
     token = _choose(model.head(hidden[:, -1]), step, key, sampling, greedy)
     return _Run(cache, token, position=lengths, finished=jnp.isin(token, eos), step=step + 1)
@@ -282,13 +300,15 @@ def _bucket(size: int, shortest: int) -> int:
     return max(shortest, 1 << (int(size) - 1).bit_length())
 
 
-def _check_lengths(prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, limit: int) -> None:
+def _check_lengths(
+    prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, limit: int | None
+) -> None:
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     for i, ids in enumerate(prompt_ids):
         if not len(ids):
             raise DataError(f"prompt {i} has no tokens.")
-        if len(ids) + max_new_tokens > limit:
+        if limit is not None and len(ids) + max_new_tokens > limit:
             raise ConfigError(
                 f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is "
                 f"more than the {limit} tokens the model can see. Shorten the prompt or lower "

@@ -30,7 +30,8 @@ from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import quantize_model
 from qlora_jax.lora import is_quantized
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.kinds import Model, Shape, abstract_model, read_shape
+from qlora_jax.models.t5_config import MODEL_TYPES as T5_TYPES
 from qlora_jax.nnx_linear import QuantizedParam
 from qlora_jax.subtraction import Prepare
 from qlora_jax.tree import join_path
@@ -56,7 +57,7 @@ def load_model(
     sequence_chunk: int = 0,
     prepare: Prepare | None = None,
     progress: Progress | None = None,
-) -> tuple[Llama, Tokenizer]:
+) -> tuple[Model, Tokenizer]:
     """Loads a model and its tokenizer, quantizing the linear layers on the way.
 
     A checkpoint in 4 bits (a folder of scripts/quantize.py, or of bitsandbytes) is loaded as it is:
@@ -80,8 +81,8 @@ def load_model(
 
     Raises:
       UserError: there is nothing at `path`.
-      ConfigError: the format is unknown, `where` chooses no layer, or quant_type is None or
-        `prepare` given for a checkpoint in 4 bits.
+      ConfigError: the format is unknown, `where` chooses no layer, quant_type is None or `prepare`
+        given for a checkpoint in 4 bits, or sequence_chunk is given for a T5.
       WeightsError: a file is damaged, refused or not supported; tensors are missing, unknown or
         have another shape (all are listed); a tensor holds NaN or infinity.
 
@@ -102,15 +103,8 @@ def load_model(
             f"{checkpoint.path}: the tokenizer has {rows} tokens, the model's embedding only "
             f"{config.vocab_size} rows; they do not belong together. Download both again."
         )
-    model = nnx.eval_shape(
-        lambda: Llama(
-            config,
-            rngs=nnx.Rngs(0),
-            dtype=dtype,
-            param_dtype=dtype,
-            remat=remat,
-            sequence_chunk=sequence_chunk,
-        )
+    model = abstract_model(
+        config, dtype=dtype, param_dtype=dtype, remat=remat, sequence_chunk=sequence_chunk
     )
     if packed := packed_linears(checkpoint):
         if quant_type is None:
@@ -187,7 +181,7 @@ def packed_linears(checkpoint: Checkpoint) -> dict[str, PackedFormat]:
     }
 
 
-def quantize_as(model: Llama, packed: Mapping[str, PackedFormat]) -> Llama:
+def quantize_as(model: Model, packed: Mapping[str, PackedFormat]) -> Model:
     """An abstract model whose linear layers have the formats of `packed_linears`."""
     for kind in set(packed.values()):
         paths = "|".join(re.escape(path) for path in packed if packed[path] == kind)
@@ -195,7 +189,7 @@ def quantize_as(model: Llama, packed: Mapping[str, PackedFormat]) -> Llama:
     return model
 
 
-def read_config(checkpoint: Checkpoint) -> LlamaConfig:
+def read_config(checkpoint: Checkpoint) -> Shape:
     """Reads the model's shape, also what GGUF says by its tensors only.
 
     Args:
@@ -208,7 +202,7 @@ def read_config(checkpoint: Checkpoint) -> LlamaConfig:
       WeightsError: the architecture is not supported, or its sizes are missing.
     """
     if checkpoint.style == "hf":
-        return LlamaConfig.from_hf(checkpoint.config)
+        return read_shape(checkpoint.config, checkpoint.names())
     names = checkpoint.names()
     factors = None
     if _GGUF_ROPE_FACTORS in names:
@@ -228,7 +222,8 @@ def fill_model(
     """Gives an abstract model the values of a checkpoint, one tensor at a time.
 
     Args:
-      model: a `Llama` whose arrays are shapes only, with or without 4-bit layers; changed in place.
+      model: a `Llama` or `T5` whose arrays are shapes only, with or without 4-bit layers; changed
+        in place.
       checkpoint: an open model.
       prepare: changes each dense weight before it is quantized.
       progress: called after each tensor with (tensors done, tensors in all, name).
@@ -341,9 +336,15 @@ def hash_arrays(values: Mapping[str, Any]) -> str:
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Reads the tokenizer that belongs to a model."""
+    """Reads the tokenizer that belongs to a model.
+
+    An encoder-decoder without a chat template gets the format "plain", so that it can be asked:
+    its source is the text of the messages.
+    """
     if checkpoint.style == "hf":
-        return Tokenizer.from_file(checkpoint.path)
+        tokenizer = Tokenizer.from_file(checkpoint.path)
+        plain = checkpoint.config.get("model_type") in T5_TYPES and not tokenizer.chat_template
+        return tokenizer.with_chat_format("plain") if plain else tokenizer
     return Tokenizer.from_gguf(checkpoint.config)
 
 
@@ -355,7 +356,7 @@ def slots(variables: Mapping[str, nnx.Variable]) -> Iterator[tuple[Slot, tuple[i
     """
     for path, variable in variables.items():
         target = variable.get_value()
-        if not path.startswith("layers/"):
+        if "layers" not in path.split("/"):
             yield Slot(path, None), Rule.of(Slot(path, None), target).shape
             continue
         leading = target.leading_shape if is_quantized(target) else target.shape

@@ -43,7 +43,7 @@ from qlora_jax.loading import (
     slots,
 )
 from qlora_jax.lora import is_quantized
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.kinds import Model, abstract_model
 from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint, open_checkpoint
 from qlora_jax.weights import bitsandbytes as bnb
 from qlora_jax.weights.fused import FUSED_NAMINGS
@@ -114,7 +114,7 @@ def quantize_checkpoint(
 
 def write_packed(
     source: Checkpoint,
-    model: Llama,
+    model: Model,
     out: pathlib.Path,
     *,
     format: str,
@@ -169,10 +169,10 @@ def write_packed(
         writer.finish()
 
 
-def _abstract_model(source: Checkpoint, asked: Mapping[str, Any], where: str) -> Llama:
+def _abstract_model(source: Checkpoint, asked: Mapping[str, Any], where: str) -> Model:
     """The model without values, its linear layers as they will be written."""
     config = read_config(source)
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    model = abstract_model(config)
     if packed := packed_linears(source):
         for kind in set(packed.values()):
             wrong = {k: v for k, v in asked.items() if v not in (None, getattr(kind, k))}
@@ -349,7 +349,7 @@ class _Bitsandbytes(_Layout):
         kinds = list(self.formats.values())
 
         def last_name(path: str) -> str:
-            slot = Slot(path, 0 if path.startswith("layers/") else None)
+            slot = Slot(path, 0 if "layers" in path.split("/") else None)
             return tensor_name(slot, self.naming).split(".")[-2]
 
         dense = {last_name(path) for path in self.targets if path.endswith("/kernel")}

@@ -11,6 +11,7 @@ float32.
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
 import re
@@ -26,6 +27,7 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import apply_qlora, linear_paths
 from qlora_jax.lora import lora_scaling
+from qlora_jax.models.t5 import T5
 from qlora_jax.nnx_linear import QLoRALinear
 from qlora_jax.peft_layers import Layer, PeftStack, layers_of, peft_stacks
 from qlora_jax.tree import join_path
@@ -123,8 +125,8 @@ def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str
       `path`.
 
     Raises:
-      ConfigError: the model has no adapter, one in a layer that PEFT has no name for, or DoRA in
-        some layers only.
+      ConfigError: the model has no adapter, one in a layer that PEFT has no name for, DoRA in
+        some layers only, or in a T5 layers of one name and different ranks.
       WeightsError: the folder is not empty or cannot be written; an adapter holds NaN or infinity.
 
     Example:
@@ -139,6 +141,8 @@ def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str
         )
     stacks = peft_stacks(model, adapted)
     config = _peft_config(adapted, stacks) | {"base_model_name_or_path": base_model}
+    if isinstance(model, T5):
+        config |= {"task_type": "SEQ_2_SEQ_LM"} | _t5_targets(model, adapted, stacks)
     tensors: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     values: dict[str, Callable[[], Any]] = {}
     for stack in stacks:
@@ -249,3 +253,23 @@ def _peft_config(adapted: Mapping[str, QLoRALinear], stacks: Sequence[PeftStack]
         "use_dora": True in doras,
         "use_rslora": use_rslora,
     }
+
+
+def _t5_targets(
+    model: nnx.Module, adapted: Mapping[str, QLoRALinear], stacks: Sequence[PeftStack]
+) -> dict[str, Any]:
+    """What tells the adapted layers of a T5 from others of the same name.
+
+    Encoder, decoder and cross-attention have a `q` each. Where only some of them are adapted, PEFT
+    is given whole names; where they differ in rank or alpha, this project's patterns would not do.
+    """
+    names = {stack.last_name for stack in stacks}
+    if len({(stack.last_name, stack.rank, stack.alpha) for stack in stacks}) > len(names):
+        raise ConfigError(
+            "layers of one name (q, wo, ...) differ in rank or alpha between encoder, decoder and "
+            "cross-attention, which cannot be written; give them the same."
+        )
+    others = {place.rpartition("/")[2] for place in _linears(model) if place not in adapted}
+    if others.isdisjoint(names):
+        return {}
+    return {"target_modules": sorted(itertools.chain(*(stack.names for stack in stacks)))}

@@ -15,17 +15,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+from flax import nnx
 from ml_collections import config_dict
 
+from qlora_jax.lora import is_quantized
 from qlora_jax.memory_limits import CONTEXT_BYTES
+from qlora_jax.models.t5_config import T5Config
 from qlora_jax.placement import bytes_by_memory, tree_bytes
 from qlora_jax.report import ModelSize, measure
 from qlora_jax.targets import GpuTarget, compile_for, find_target
 from qlora_jax.training import fitting
 from qlora_jax.training.building import choose_remat
 from qlora_jax.training.fitting import AbstractRun
+from qlora_jax.tree import key_parts
 
 # Products of 16-bit matrices with float32 sums, floating-point operations a clock and
 # multiprocessor, dense, from NVIDIA's data sheets (GeForce cards run at half the rate).
@@ -185,19 +190,53 @@ def _work(
     config: config_dict.ConfigDict, run: AbstractRun, size: ModelSize, target: GpuTarget
 ) -> tuple[int, int]:
     """Floating-point operations and bytes of a step, at least."""
-    shape, batch = run.shape, run.batch["tokens"]
-    microsteps, rows, length = batch.shape
-    tokens = rows * length
+    microsteps, rows, length = run.batch["tokens"].shape
     # Of the base's weights only the gradient to the input is taken. Full rematerialisation
     # multiplies once more.
     passes = 3 if choose_remat(config.model.remat, target.device) in ("full", "offload") else 2
-    head = shape.vocab_size * shape.hidden_size
-    linear = 2 * tokens * (passes * size.quantized + 2 * head + (passes + 2) * size.trainable)
-    width = shape.num_attention_heads * shape.head_dim
-    # Two products forward and five backward, of which the causal mask leaves half.
-    attention = (passes - 1) * 2 + 5
-    attention *= tokens * length * width * shape.num_hidden_layers
+    count = _count_products(run, size)
+    linear = 2 * rows * (passes * count.frozen + (passes + 2) * count.trainable)
+    linear += 2 * rows * length * 2 * count.head
+    # Two products forward and five backward.
+    attention = ((passes - 1) * 2 + 5) * 2 * rows * count.attention
     # A weight is read in 4 bits, written in 16 and read again.
     decoded = passes * (size.quantized_bytes + 4 * size.quantized)
     moments = 2 * (tree_bytes(run.state.opt_state) + 2 * size.trainable_bytes)
-    return microsteps * (linear + attention), microsteps * decoded + moments
+    return int(microsteps * (linear + attention)), microsteps * decoded + moments
+
+
+class _Products(NamedTuple):
+    """Multiplications of one row: `frozen` and `trainable` weights each with the tokens that meet
+    them, the `head` for one token, and one of the products of `attention`."""
+
+    frozen: float
+    trainable: float
+    head: int
+    attention: float
+
+
+def _count_products(run: AbstractRun, size: ModelSize) -> _Products:
+    shape, length = run.shape, run.batch["tokens"].shape[-1]
+    if not isinstance(shape, T5Config):
+        width = shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
+        head = shape.vocab_size * shape.hidden_size
+        # The causal mask leaves half of the places.
+        attention = length**2 * width / 2
+        return _Products(length * size.quantized, length * size.trainable, head, attention)
+    source, width = run.batch["source_tokens"].shape[-1], shape.num_heads * shape.d_kv
+
+    def meet(path: tuple[Any, ...], weights: int) -> int:
+        """The encoder's weights meet the source, as do those that make its keys and values."""
+        reads_source = "encoder" in path or ("cross_attn" in path and {"k", "v"} & {*path})
+        return weights * (source if reads_source else length)
+
+    frozen = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(run.frozen)}
+    lora, _ = jax.tree.flatten_with_path(run.state.lora)
+    places = source**2 * shape.num_layers
+    places += (length**2 / 2 + length * source) * shape.num_decoder_layers
+    return _Products(
+        frozen=sum(meet(path, q.size) for path, q in frozen.items() if is_quantized(q)),
+        trainable=sum(meet(key_parts(path), leaf.size) for path, leaf in lora),
+        head=shape.vocab_size * shape.d_model,
+        attention=places * width,
+    )

@@ -17,8 +17,10 @@ from qlora_jax.data.report import DataReport
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError
 from qlora_jax.files import resolve_path
+from qlora_jax.models.t5_config import MODEL_TYPES as T5_TYPES
 from qlora_jax.training.data import load_portions, token_options, with_chat_format
 from qlora_jax.weights import open_checkpoint
+from qlora_jax.weights.safetensors import read_json
 
 _CONFIG = command_line.define_config(required=False)
 _DATA = flags.DEFINE_string("data", None, "a data file; takes the place of config.data.path")
@@ -34,6 +36,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """Reads only the tokenizer of a model: of a GGUF file, or of a Hugging Face folder."""
     path = resolve_path(spec, kind="tokenizer")
     if path.is_dir() or path.suffix == ".json":
+        file = (path if path.is_dir() else path.parent) / "config.json"
+        if file.exists() and read_json(file, "the model's").get("model_type") in T5_TYPES:
+            raise ConfigError(
+                f"{spec} is an encoder-decoder; this shows rows of decoders. Train it: train.py "
+                "prints a record as it is learned"
+            )
         return Tokenizer.from_file(path)
     return Tokenizer.from_gguf(open_checkpoint(path).config)
 

@@ -24,7 +24,7 @@ import pathlib
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jinja2
@@ -34,7 +34,7 @@ import xxhash
 from qlora_jax.data.data_files import find_files
 from qlora_jax.data.example_arrays import COLUMNS, Question, Table, TableWriter, table_in_memory
 from qlora_jax.data.formats import Record
-from qlora_jax.data.masking import tokenize_each
+from qlora_jax.data.masking import Example, tokenize_each
 from qlora_jax.data.overlap import digest
 from qlora_jax.data.records import read_records
 from qlora_jax.data.report import DataReport
@@ -48,6 +48,9 @@ _LOGGER = logging.getLogger(__name__)
 _ABOUT = "about.json"
 _FORGOTTEN_S = 24 * 3600
 _TEXT_QUESTION_WORDS = 16
+
+# (records, tokenizer, report, on_bad_record=..., **options) -> records and their examples.
+Tokenize = Callable[..., Iterator[tuple[Record, Example]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,7 @@ def load_tokenized(
     tokenizer: ChatTokenizer,
     *,
     cache_dir: pathlib.Path | None,
+    tokenize: Tokenize = tokenize_each,
     on_bad_record: Literal["error", "skip"] = "error",
     max_records: int = 0,
     **options: Any,
@@ -90,9 +94,10 @@ def load_tokenized(
         format: see `read_records`.
         tokenizer: with a `fingerprint` of all that decides ids; as `tokenize_records` takes it.
         cache_dir: folder of the entries; None: nothing is kept, and the tokens are in memory.
+        tokenize: `tokenize_each`, or a function like it for another kind of model.
         on_bad_record: see `read_records` and `tokenize_records`.
         max_records: see `read_records`.
-        **options: of `tokenize_records`.
+        **options: of `tokenize`.
 
     Raises:
         DataError: see `read_records` and `tokenize_records`; or a file changed while it was read.
@@ -127,7 +132,7 @@ def load_tokenized(
     def fill(writer: TableWriter) -> DataReport:
         report = DataReport()
         records = read_records(path, format, on_bad_record, max_records, report)
-        for record, example in tokenize_each(
+        for record, example in tokenize(
             records, tokenizer, report, on_bad_record=on_bad_record, **options
         ):
             writer.add(example, digest(record), _question(record))
@@ -144,6 +149,7 @@ def load_tokenized(
         "on_bad_record": on_bad_record,
         "max_records": max_records,
         "tokenizer": tokenizer.fingerprint,
+        "tokenize": f"{tokenize.__module__}.{tokenize.__qualname__}",
         "options": options,
         "code": _code_version(),
     }

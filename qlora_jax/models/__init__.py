@@ -2,4 +2,8 @@
 
 The decoder family of Llama, SmolLM2, Mistral, Qwen2 and Qwen3:
   `llama.Llama`, `config.LlamaConfig`, `attention.KVCache`.
+The encoder-decoders of T5, FLAN-T5 and mT5:
+  `t5.T5`, `t5_config.T5Config`, `t5.T5Cache`.
+Either, from a `config.json`:
+  `kinds.read_shape`, `kinds.abstract_model`.
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_jax import errors
 from qlora_jax.files import resolve_path
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.kinds import Shape, read_shape
 
 
 def _llama(
@@ -29,6 +29,20 @@ def _llama(
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
         **more,
+    }
+
+
+def _flan_t5(d_model: int, d_ff: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "t5",
+        "vocab_size": 32128,
+        "d_model": d_model,
+        "d_kv": 64,
+        "d_ff": d_ff,
+        "num_layers": layers,
+        "num_heads": heads,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
     }
 
 
@@ -163,10 +177,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "EleutherAI/pythia-2.8b": _pythia(2560, 32, 32),
     "EleutherAI/pythia-6.9b": _pythia(4096, 32, 32, vocab=50432),
     "EleutherAI/pythia-12b": _pythia(5120, 36, 40, vocab=50688),
+    "google/flan-t5-small": _flan_t5(512, 1024, 8, 6),
+    "google/flan-t5-base": _flan_t5(768, 2048, 12, 12),
+    "google/flan-t5-large": _flan_t5(1024, 2816, 24, 16),
+    "google/flan-t5-xl": _flan_t5(2048, 5120, 24, 32),
+    "google/flan-t5-xxl": _flan_t5(4096, 10240, 24, 64),
 }
 
 
-def model_shape(spec: str) -> LlamaConfig | None:
+def model_shape(spec: str) -> Shape | None:
     """The shape of a model that is known by name, or of which there is a `config.json`.
 
     Args:
@@ -185,7 +204,7 @@ def model_shape(spec: str) -> LlamaConfig | None:
     """
     names = {name.lower(): name for name in SHAPES}
     if spec.lower() in names:
-        return LlamaConfig.from_hf(SHAPES[names[spec.lower()]])
+        return read_shape(SHAPES[names[spec.lower()]])
     try:
         path = resolve_path(spec, kind="config")
     except errors.UserError as error:
@@ -199,7 +218,7 @@ def model_shape(spec: str) -> LlamaConfig | None:
         path /= "config.json"
     if path.suffix != ".json":
         return None
-    return LlamaConfig.from_hf(_read(path))
+    return read_shape(_read(path))
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

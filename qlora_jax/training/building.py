@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from typing import Any
 
@@ -31,7 +30,6 @@ from qlora_jax.subtraction import (
     write_subtracted,
 )
 from qlora_jax.training.data import with_chat_format
-from qlora_jax.training.step import LossFn, next_token_loss
 from qlora_jax.vocabulary import quantize_vocabulary
 from qlora_jax.weights import PackedFormat, StackedCheckpoint, open_checkpoint
 
@@ -73,16 +71,9 @@ def choose_remat(name: str, device: jax.Device) -> str:
 
 
 def model_options(config: config_dict.ConfigDict, device: jax.Device) -> dict[str, Any]:
-    """How a model is computed, as arguments of `Llama`."""
+    """How a model is computed, as arguments of `Llama` and `T5`."""
     return dict(
         remat=choose_remat(config.model.remat, device), sequence_chunk=config.model.sequence_chunk
-    )
-
-
-def build_loss(config: config_dict.ConfigDict) -> LossFn:
-    """The loss that a configuration trains with and measures."""
-    return functools.partial(
-        next_token_loss, chunk_size=config.train.loss_chunk, packed=config.data.packing
     )
 
 

@@ -19,11 +19,12 @@ from ml_collections import config_dict
 from qlora_jax import hub
 from qlora_jax.data import records, row_order
 from qlora_jax.data.example_arrays import Examples, Question, Table
+from qlora_jax.data.masking import tokenize_each
 from qlora_jax.data.mixture import Source, parse_mixture, repeat
 from qlora_jax.data.overlap import digest, first_of_equal
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.sets import SETS, set_files
-from qlora_jax.data.token_cache import default_cache_dir, load_tokenized
+from qlora_jax.data.token_cache import Tokenize, default_cache_dir, load_tokenized
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import DataError
 
@@ -65,7 +66,10 @@ class Portion:
 
 
 def load_training_data(
-    config: config_dict.ConfigDict, tokenizer: Tokenizer, vocab_size: int | None = None
+    config: config_dict.ConfigDict,
+    tokenizer: Tokenizer,
+    vocab_size: int | None = None,
+    tokenize: Tokenize = tokenize_each,
 ) -> TrainingData:
     """Reads, tokenizes and divides what the configuration names.
 
@@ -73,6 +77,7 @@ def load_training_data(
         config: a whole configuration.
         tokenizer: the model's, with the chat format of the configuration.
         vocab_size: rows of the model's embedding.
+        tokenize: of the model's family.
 
     Raises:
         DataError: a record is bad (with `on_bad_record="error"`), nothing is left to train on, or a
@@ -84,6 +89,7 @@ def load_training_data(
             source.path,
             source.name,
             tokenizer,
+            tokenize=tokenize,
             cache_dir=cache_dir(config),
             on_bad_record=config.data.on_bad_record,
             max_records=0 if only_heldout else config.data.max_records,

@@ -22,19 +22,18 @@ from ml_collections import config_dict
 from qlora_jax import config as config_lib
 from qlora_jax.files import resolve_path
 from qlora_jax.loading import read_config
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.kinds import Shape, abstract_model
 from qlora_jax.models.shapes import model_shape
 from qlora_jax.placement import bytes_by_memory, eval_placed
 from qlora_jax.targets import peak_bytes
 from qlora_jax.training.building import (
     adapt_model,
-    build_loss,
     build_optimizer,
     choose_compute_dtype,
     model_options,
     split_model,
 )
+from qlora_jax.training.family import Family, family_of
 from qlora_jax.training.step import TrainState, init_state, make_train_step
 from qlora_jax.weights import open_checkpoint
 
@@ -58,10 +57,10 @@ class AbstractRun:
         step: as `make_train_step` gives it.
         state: trainable parameters, moments, key; what lies in the host's memory says so.
         frozen: the base.
-        batch: int32 [grad_accum, batch_size, max_len] each.
+        batch: int32 [grad_accum, batch_size, width] each; see `Family.widths`.
     """
 
-    shape: LlamaConfig
+    shape: Shape
     step: Any
     state: TrainState
     frozen: nnx.State
@@ -132,24 +131,25 @@ def abstract_run(
     shape = model_shape(spec) or read_config(open_checkpoint(resolve_path(spec, kind="model")))
     dtype, _ = choose_compute_dtype(config.model.compute_dtype, device)
     options = model_options(config, device)
-    model = nnx.eval_shape(
-        lambda: Llama(shape, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, **options)
-    )
+    model = abstract_model(shape, dtype=dtype, param_dtype=dtype, **options)
     graphdef, lora, frozen = split_model(adapt_model(model, config))
     tx, _ = build_optimizer(config, config.train.steps or 2**20, state_budget)
     state = eval_placed(lambda lora: init_state(lora, tx, config.seed), lora)
-    step = make_train_step(graphdef, tx, loss_fn=build_loss(config))
-    return AbstractRun(shape, step, state, frozen, abstract_batch(config))
+    family = family_of(shape, config)
+    step = make_train_step(graphdef, tx, loss_fn=family.loss)
+    return AbstractRun(shape, step, state, frozen, abstract_batch(config, family))
 
 
 def abstract_batch(
-    config: config_dict.ConfigDict, length: int | None = None
+    config: config_dict.ConfigDict, family: Family, length: int | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A step's batch of rows of `length` tokens (None: the longest), without values."""
     train = config.train
-    shape = (train.grad_accum, train.batch_size, length or config.data.max_len)
-    names = ("tokens", "loss_mask", "segment_ids", "positions")
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    widths = family.widths(length or config.data.max_len)
+    return {
+        name: jax.ShapeDtypeStruct((train.grad_accum, train.batch_size, width), jnp.int32)
+        for name, width in widths.items()
+    }
 
 
 def fit_state(compile_step: Callable[[int | None], Fit], budget: int | None) -> Fit:
@@ -194,7 +194,7 @@ def smaller_settings(config: config_dict.ConfigDict) -> Iterator[dict[str, Any]]
         changes["train.grad_accum"] = 1  # without a second tree of gradients
         yield dict(changes)
     length = config.data.max_len
-    while length > 256:
+    while length > 256 and not config.data.source_max_len:  # else max_len must hold both parts
         length //= 2
         changes["data.max_len"] = length
         yield dict(changes)

@@ -32,7 +32,6 @@ from qlora_jax.placement import eval_placed, place_abstract, tree_bytes
 from qlora_jax.report import Report, format_bytes, format_count, measure
 from qlora_jax.subtraction import SUBTRACTED_FILE, read_subtracted, set_subtracted
 from qlora_jax.training.building import (
-    build_loss,
     build_model,
     build_optimizer,
     choose_compute_dtype,
@@ -46,6 +45,7 @@ from qlora_jax.training.card import (
     versions,
 )
 from qlora_jax.training.data import data_path, describe_data, load_training_data, question_text
+from qlora_jax.training.family import family_of
 from qlora_jax.training.loop import Hooks, Intervals, run_steps
 from qlora_jax.training.step import (
     TrainState,
@@ -200,6 +200,7 @@ class _Run:
                 workdir=directory.path,
                 again=self.checkpointer.latest_step() is not None,
             )
+        self.family = family_of(model.config, config)
         add_embedding_noise(model, config.train.neftune_alpha, config.seed)
         model.eval()
         self.eval_graphdef, _, _ = split_model(model)
@@ -207,7 +208,9 @@ class _Run:
         self.graphdef, lora, self.frozen = split_model(model)
         self.size = measure(lora, self.frozen)
         with report.busy("tokenizing the data") as notes:
-            self.data = load_training_data(config, self.tokenizer, model.config.vocab_size)
+            self.data = load_training_data(
+                config, self.tokenizer, model.config.vocab_size, self.family.tokenize
+            )
             notes += ["found from an earlier start"] if self.data.cached else []
         self.batches = BatchIterator(
             self.data.train,
@@ -217,10 +220,10 @@ class _Run:
             packing=config.data.packing,
             group_by_length=config.data.group_by_length,
             seed=config.seed,
+            build=self.family.build,
         )
         self.steps = config.train.steps or self.batches.num_batches(config.train.epochs)
         _, self.schedule = build_optimizer(config, self.steps)
-        self.loss_fn = build_loss(config)
         self.lora = lora
         self.state: TrainState | None = None  # until it is known where it fits
         # measured before the first step; travels in the metadata of the checkpoints
@@ -299,7 +302,7 @@ class _Run:
                 self.frozen,
                 lengths=lengths,
                 total_steps=self.steps,
-                loss_fn=self.loss_fn,
+                family=self.family,
                 report=self.report,
             )
             notes.append(f"a step needs {format_bytes(steps.longest.peak_bytes)}")
@@ -378,9 +381,10 @@ class _Run:
             batch_size=self.config.eval.batch_size,
             seq_len=self.config.data.max_len,
             packing=self.config.data.packing,
+            build=self.family.build,
         )
         microbatches = ({name: a[0] for name, a in batch.arrays.items()} for batch in batches)
-        return evaluate_loss(self._model(state), microbatches, loss_fn=self.loss_fn)
+        return evaluate_loss(self._model(state), microbatches, loss_fn=self.family.loss)
 
     def _measure(self, when: str) -> dict[str, Any]:
         """Held-out loss and one answer, as far as there are held-out records."""

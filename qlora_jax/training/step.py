@@ -90,6 +90,25 @@ def next_token_loss(
         positions=batch["positions"],
         segment_ids=batch["segment_ids"] if packed else None,
     )
+    return summed_loss(model, hidden, targets, mask, chunk_size), jnp.sum(mask)
+
+
+def summed_loss(
+    model: nnx.Module,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    mask: Int[Array, "B T"],
+    chunk_size: int,
+) -> Float[Array, ""]:
+    """Sum of the negative log-likelihoods of what each position predicts.
+
+    Args:
+        model: has `head(hidden)`.
+        hidden: its final hidden states.
+        targets: the token that each position predicts.
+        mask: 1 where that counts.
+        chunk_size: tokens whose logits exist at one time.
+    """
     graphdef, state = nnx.split(model)
 
     def head(chunk):
@@ -98,7 +117,7 @@ def next_token_loss(
         return nnx.merge(graphdef, jax.tree.map(lambda x: x, state)).head(chunk)
 
     adapted = {path[0] for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
-    loss = chunked_cross_entropy(
+    return chunked_cross_entropy(
         head,
         hidden,
         targets,
@@ -106,7 +125,6 @@ def next_token_loss(
         chunk_size=chunk_size,
         trainable_head=not adapted.isdisjoint(HEAD_NAMES),
     )
-    return loss, jnp.sum(mask)
 
 
 def make_train_step(
@@ -167,7 +185,7 @@ def make_train_step(
             "loss": loss_sum / count,
             "grad_norm": optax.tree.norm(mean_grads),
             "loss_tokens": loss_tokens,
-            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "tokens": sum(jnp.sum(x > 0) for name, x in batch.items() if "segment_ids" in name),
             "microbatch_nats": microbatch_nats,
         }
         return TrainState(state.step + 1, lora, opt_state, state.key), metrics

@@ -22,6 +22,7 @@ from qlora_jax.optim.paged import check_paging
 from qlora_jax.placement import bytes_by_memory, eval_placed, place, place_abstract
 from qlora_jax.report import Report, format_bytes
 from qlora_jax.training.building import build_optimizer
+from qlora_jax.training.family import Family
 from qlora_jax.training.fitting import (
     Fit,
     abstract_batch,
@@ -33,7 +34,6 @@ from qlora_jax.training.fitting import (
 )
 from qlora_jax.training.step import (
     Batch,
-    LossFn,
     TrainState,
     compile_step,
     init_state,
@@ -60,7 +60,7 @@ class Steps:
         *,
         lengths: list[int],
         total_steps: int,
-        loss_fn: LossFn,
+        family: Family,
         report: Report,
     ):
         """Compiles.
@@ -72,7 +72,7 @@ class Steps:
             frozen: the others.
             lengths: of rows, ascending.
             total_steps: of the run, for the learning rate.
-            loss_fn: see `make_train_step`.
+            family: of the model.
             report: where moves are told.
 
         Raises:
@@ -80,7 +80,8 @@ class Steps:
         """
         self._config, self._graphdef, self._frozen = config, graphdef, frozen
         self._lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
-        self._total_steps, self._loss_fn, self._report = total_steps, loss_fn, report
+        self._total_steps, self._family, self._report = total_steps, family, report
+        self._lengths = {_shapes(abstract_batch(config, family, n)): n for n in lengths}
         self._device = jax.devices()[0]
         room = self._room(lora, frozen)
         self._budget = device_budget(config, room and room - _SLACK)
@@ -117,8 +118,8 @@ class Steps:
     def _compile(self, length: int, state_budget: int | None) -> Fit:
         tx, _ = build_optimizer(self._config, self._total_steps, state_budget)
         state = eval_placed(lambda lora: init_state(lora, tx, self._config.seed), self._lora)
-        step = make_train_step(self._graphdef, tx, loss_fn=self._loss_fn)
-        batch = abstract_batch(self._config, length)
+        step = make_train_step(self._graphdef, tx, loss_fn=self._family.loss)
+        batch = abstract_batch(self._config, self._family, length)
         return Fit.of(compile_step(step, state, self._frozen, batch), state_budget, state)
 
     def _check(self, length: int, fit: Fit) -> None:
@@ -172,7 +173,7 @@ class Steps:
         self, state: TrainState, frozen: nnx.State, batch: Batch
     ) -> tuple[TrainState, dict[str, Array]]:
         """One step, see `make_train_step`; its metrics say where its memory is."""
-        length = batch["tokens"].shape[-1]
+        length = self._lengths[_shapes(batch)]
         fit = self.fits[length]
         room = self._room(state, frozen)
         if room is not None and fit.peak_bytes > room and fit.state_budget != 0:
@@ -240,3 +241,8 @@ class Steps:
             f"memory in steps with rows of {length} tokens",
             style="yellow",
         )
+
+
+def _shapes(batch: Batch) -> frozenset:
+    """What tells batches of one length from those of another."""
+    return frozenset((name, array.shape) for name, array in batch.items())

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+from qlora_jax.weights import t5_names
+
 Style = Literal["hf", "gguf"]
 
 # (path in the model, Hugging Face name, GGUF name); the last part depends on the kind of module.
@@ -146,7 +148,7 @@ NAMINGS: dict[str, Naming] = {
     ),
 }
 _OF_FAMILY = {
-    "hf": {"phi3": "phi3", "opt": "opt", "gpt_neox": "gpt_neox"},
+    "hf": {"phi3": "phi3", "opt": "opt", "gpt_neox": "gpt_neox", "t5": "t5", "mt5": "t5"},
     "gguf": {
         "gemma2": "gguf_gemma",
         "gemma3": "gguf_gemma",
@@ -166,7 +168,7 @@ def naming_of(family: str | None, style: Style) -> str:
       style: the format.
 
     Returns:
-      A key of `NAMINGS`.
+      A key of `NAMINGS`, or "t5", whose names are in `t5_names`.
 
     Example:
       >>> naming_of("opt", "hf"), naming_of("llama", "gguf")
@@ -187,7 +189,7 @@ def find_slot(name: str, naming: str) -> Slot | None:
 
     Args:
       name: the tensor's name in the file.
-      naming: how the file names tensors, a key of `NAMINGS`.
+      naming: how the file names tensors, see `naming_of`.
 
     Returns:
       The slot, or None for a name that no model of the naming has.
@@ -200,6 +202,9 @@ def find_slot(name: str, naming: str) -> Slot | None:
       >>> find_slot("model.vision.patch.weight", "hf") is None
       True
     """
+    if naming == "t5":
+        place = t5_names.find_place(name)
+        return place and Slot(*place)
     names = NAMINGS[naming]
     for alias, beginning in names.aliases:
         if name.startswith(alias):
@@ -223,7 +228,7 @@ def tensor_name(slot: Slot, naming: str) -> str:
 
     Args:
       slot: a place in the model.
-      naming: how the file names tensors, a key of `NAMINGS`.
+      naming: how the file names tensors, see `naming_of`.
 
     Returns:
       The name; a path that is not in the table comes back with dots, to be readable in a message.
@@ -234,6 +239,8 @@ def tensor_name(slot: Slot, naming: str) -> str:
       >>> tensor_name(Slot("layers/self_attn/k_proj/kernel", 2), "phi3")
       'model.layers.2.self_attn.qkv_proj[1].weight'
     """
+    if naming == "t5":
+        return t5_names.place_name(*slot) or slot.path.replace("/", ".")
     names = NAMINGS[naming]
     module, _, leaf = slot.path.rpartition("/")
     suffix = "bias" if leaf == "bias" else "weight"
@@ -249,16 +256,18 @@ def is_ignored(name: str, naming: str) -> bool:
 
     Args:
       name: the tensor's name in the file.
-      naming: how the file names tensors, a key of `NAMINGS`.
+      naming: how the file names tensors, see `naming_of`.
 
     Returns:
-      True for rotary frequencies, and for picture encoders beside a language model.
+      True for rotary frequencies, for picture encoders beside a language model, and for copies of
+      T5's embedding.
 
     Example:
       >>> is_ignored("model.layers.0.self_attn.rotary_emb.inv_freq", "hf")
       True
     """
-    return NAMINGS[naming].ignored.fullmatch(name) is not None
+    ignored = t5_names.IGNORED if naming == "t5" else NAMINGS[naming].ignored
+    return ignored.fullmatch(name) is not None
 
 
 def _leaf(module: str, leaf: str) -> str:

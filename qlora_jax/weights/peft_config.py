@@ -161,10 +161,10 @@ def _refuse_other_methods(values: Mapping[str, Any], path: pathlib.Path) -> None
             f"{path} describes an adapter of the kind {kind!r} (peft_type); only 'LORA' can be "
             f"loaded. {_MERGE}"
         )
-    if values.get("task_type") not in (None, "CAUSAL_LM"):
+    if values.get("task_type") not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise WeightsError(
-            f"{path} is for {values['task_type']!r} (task_type), not for 'CAUSAL_LM', text "
-            "generation. Give an adapter that was trained on a causal language model."
+            f"{path} is for {values['task_type']!r} (task_type), not for 'CAUSAL_LM' or "
+            "'SEQ_2_SEQ_LM', text generation. Give an adapter that was trained on a language model."
         )
     if values.get("bias", "none") != "none":
         raise WeightsError(
