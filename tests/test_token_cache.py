@@ -244,6 +244,7 @@ def test_a_run_is_the_same_with_and_without_its_cache(config):
     config.data.cache_dir = "auto"
     assert start() == (False, expected)
     assert start() == (True, expected)
+    assert default_cache_dir().stat().st_mode & 0o077 == 0
     config.data.cache_dir = str(default_cache_dir())
     assert start() == (True, expected)
     config.seed, config.data.eval_fraction = 1, 0.5  # decided after the tokens

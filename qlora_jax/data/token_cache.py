@@ -214,7 +214,9 @@ def _open(folder: pathlib.Path) -> tuple[Table, DataReport] | None:
 def _make(
     folder: pathlib.Path, key: Mapping[str, Any], fill: Callable[[TableWriter], DataReport]
 ) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Tokens are the data: in one's own cache they are for nobody else to read.
+    mode = 0o700 if folder.parent == default_cache_dir() else 0o777
+    folder.parent.mkdir(mode, parents=True, exist_ok=True)
     _sweep(folder.parent)
     new = _unique(folder)
     new.mkdir()
