@@ -114,8 +114,9 @@ def print_table(samples: dict[str, Any], summary: dict[str, Any], console: Conso
     first = samples["first"]
     title = f"{first['examples']:,} examples, {first['tokens']:,} tokens, from file to first batch"
     table = Table(title=title)
-    columns = ("tokenize", "pack", "batch", "checksum", "seconds")
-    for column in ("start", *(f"{name}, s" for name in columns), "private GB", "peak RSS GB"):
+    columns = ("tokenize", "pack", "batch", "checksum", "seconds", "cpu_seconds")
+    titles = (*(f"{name}, s" for name in columns[:4]), "all, s", "CPU s")
+    for column in ("start", *titles, "private GB", "peak RSS GB"):
         table.add_column(column, justify="left" if column == "start" else "right")
     for name in ("first", "second"):
         row = samples[name]
@@ -153,7 +154,7 @@ def load(data: str, cache: str, tokenizer: Tokenizer) -> TrainingData:
 def start(data: str, cache: str) -> dict[str, Any]:
     """What a run does with its data before the first step, and the seconds of each part."""
     tokenizer = load_tokenizer()
-    times = [time.perf_counter()]
+    times, cpu_started = [time.perf_counter()], time.process_time()
     found = load(data, cache, tokenizer)
     times.append(time.perf_counter())
     batches = BatchIterator(
@@ -166,8 +167,9 @@ def start(data: str, cache: str) -> dict[str, Any]:
     times.append(time.perf_counter())
     names = ("tokenize", "pack", "batch", "checksum")
     parts = {name: times[i + 1] - times[i] for i, name in enumerate(names)}
+    parts |= {"seconds": times[-1] - times[0], "cpu_seconds": time.process_time() - cpu_started}
     facts = {"examples": len(found.train), "tokens": int(found.train.lengths.sum())}
-    return {**facts, "cached": found.cached, **parts, "seconds": times[-1] - times[0]}
+    return {**facts, "cached": found.cached, **parts}
 
 
 def feed(data: str, cache: str, workers: str, seconds: str) -> dict[str, Any]:
