@@ -1,5 +1,7 @@
 """The cache of tokens: the same tokens or none, whatever happens to its files."""
 
+import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
@@ -15,6 +17,7 @@ from fake_tokenizer import GUANACO, FakeTokenizer
 from qlora_jax.data import token_cache
 from qlora_jax.data.batches import BatchIterator
 from qlora_jax.data.example_arrays import Examples
+from qlora_jax.data.masking import tokenize_each
 from qlora_jax.data.records import read_records
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.token_cache import default_cache_dir, load_tokenized
@@ -72,6 +75,13 @@ def test_the_second_start_reads_no_record_and_finds_the_same(load, tmp_path, mon
     assert len(entries(tmp_path)) == 1
 
 
+def twice_as_long(*args, **options):
+    for record, example in tokenize_each(*args, **options):
+        tokens = np.concatenate([example.tokens, example.tokens])
+        mask = np.concatenate([example.loss_mask, example.loss_mask])
+        yield record, dataclasses.replace(example, tokens=tokens, loss_mask=mask)
+
+
 def test_whatever_decides_the_tokens_is_in_the_key(load, tmp_path, file, monkeypatch):
     load()
     renamed = tmp_path / "b.jsonl"  # its name is in the ids of the records
@@ -86,6 +96,7 @@ def test_whatever_decides_the_tokens_is_in_the_key(load, tmp_path, file, monkeyp
         {"literal": True},
         {"max_records": 3},
         {"format": "prompt_completion"},
+        {"tokenize": twice_as_long},
     ):
         assert not load(**options).cached and load(**options).cached
     assert load().cached
@@ -95,7 +106,7 @@ def test_whatever_decides_the_tokens_is_in_the_key(load, tmp_path, file, monkeyp
     assert not load().cached
     with pytest.raises(DataError, match="a.jsonl:9"):
         load(on_bad_record="error")
-    assert len(entries(tmp_path)) == 12  # a reading that failed left nothing
+    assert len(entries(tmp_path)) == 13  # a reading that failed left nothing
 
 
 def cut(folder):
@@ -132,16 +143,16 @@ def test_a_damaged_entry_is_noticed_and_made_again(load, tmp_path, caplog, damag
     assert load().cached and entries(tmp_path) == [name]
 
 
-def test_of_two_that_make_the_same_entry_the_first_wins(load, tmp_path, monkeypatch):
-    tokenize_each, inner = token_cache.tokenize_each, []
+def test_of_two_that_make_the_same_entry_the_first_wins(load, tmp_path):
+    inner = []
 
+    @functools.wraps(tokenize_each)  # its name is in the key
     def slow(*args, **options):
-        monkeypatch.setattr(token_cache, "tokenize_each", tokenize_each)
         yield from tokenize_each(*args, **options)
         inner.append(load())  # another start, faster than this one
 
-    monkeypatch.setattr(token_cache, "tokenize_each", slow)
-    outer = load()
+    outer = load(tokenize=slow)
+    assert not inner[0].cached and outer.table.folder == inner[0].table.folder
     assert contents(outer) == contents(inner[0])
     assert len(entries(tmp_path)) == 1
 
@@ -174,14 +185,13 @@ def test_processes_that_start_at_the_same_time(load, tmp_path):
     assert len(entries(tmp_path)) == 1
 
 
-def test_what_stops_in_the_middle_leaves_nothing(load, tmp_path, monkeypatch):
+def test_what_stops_in_the_middle_leaves_nothing(load, tmp_path):
     def interrupted(*args, **options):
-        yield from ()
+        yield from itertools.islice(tokenize_each(*args, **options), 3)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(token_cache, "tokenize_each", interrupted)
-        load()
+    with pytest.raises(KeyboardInterrupt):
+        load(tokenize=interrupted)
     assert entries(tmp_path) == []
     killed, running = (tmp_path / "cache" / f".aa.{i}.bb" for i in range(2))
     for folder, age in ((killed, 2 * 24 * 3600), (running, 60)):
@@ -202,16 +212,13 @@ def test_where_nothing_can_be_written_the_tokens_are_in_memory(load, tmp_path, c
     assert str(place) in caplog.text and "data.cache_dir" in caplog.text
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(load, file, tmp_path, monkeypatch):
-    tokenize_each = token_cache.tokenize_each
-
+def test_a_file_that_changes_while_it_is_read_is_refused(load, file, tmp_path):
     def append(*args, **options):
         yield from tokenize_each(*args, **options)
         file.write_text(LINES[0])
 
-    monkeypatch.setattr(token_cache, "tokenize_each", append)
     with pytest.raises(DataError, match="changed while it was read"):
-        load()
+        load(tokenize=append)
     assert entries(tmp_path) == []
 
 
