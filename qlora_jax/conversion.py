@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import quantize_4bit, quantize_absmax
 from qlora_jax.errors import WeightsError
 from qlora_jax.lora import is_quantized
+from qlora_jax.mixed import MixedStack, one_format_each
 from qlora_jax.quantized import QuantizedTensor, quantize
 from qlora_jax.vocabulary import Int8Rows, quantize_rows
 from qlora_jax.weights import Slot
@@ -37,6 +38,8 @@ class Rule:
     @classmethod
     def of(cls, slot: Slot, target: Any) -> "Rule":
         """The rule for a slot whose variable has the (abstract) value `target`."""
+        if isinstance(target, MixedStack):
+            target = target.parts[target.find(slot.layer)[0]]
         if is_quantized(target):
             options = dict(
                 quant_type=target.quant_type,
@@ -62,6 +65,12 @@ class Rule:
             return quantize_rows(weight)
         return (weight.T if self.transpose else weight).astype(self.dtype)
 
+    def apply_to_stack(self, stack: Any) -> Any:
+        """The same for all layers of an array that is in its model's shape already."""
+        if isinstance(stack, MixedStack):
+            return dataclasses.replace(stack, parts=tuple(map(self.apply, stack.parts)))
+        return self.apply(stack)
+
 
 @functools.partial(jax.jit, static_argnames="rule")
 def convert(weight: Float[Array, "..."] | QuantizedTensor, rule: Rule) -> Any:
@@ -69,12 +78,20 @@ def convert(weight: Float[Array, "..."] | QuantizedTensor, rule: Rule) -> Any:
     return rule.apply(weight)
 
 
-@functools.partial(jax.jit, static_argnames="rule", donate_argnames="stack")
 def convert_into(
-    stack: Any, weight: Float[Array, "..."] | QuantizedTensor, layer: Int[Array, ""], rule: Rule
+    stack: Any, weight: Float[Array, "..."] | QuantizedTensor, layer: int, rule: Rule
 ) -> Any:
     """Writes a converted tensor into its layer of the donated stack."""
+    if isinstance(stack, MixedStack):
+        part, entry = stack.find(layer)
+        return stack.with_part(part, convert_into(stack.parts[part], weight, entry, rule))
+    return _convert_into(stack, weight, np.int32(layer), rule)
 
+
+@functools.partial(jax.jit, static_argnames="rule", donate_argnames="stack")
+def _convert_into(
+    stack: Any, weight: Float[Array, "..."] | QuantizedTensor, layer: Int[Array, ""], rule: Rule
+) -> Any:
     def write(stacked: Array, leaf: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(stacked, leaf, layer, axis=0)
 
@@ -146,6 +163,10 @@ def check_finite(weight: np.ndarray | QuantizedTensor, rule: Rule, name: str) ->
     Raises:
       WeightsError: there is such a value.
     """
+    if isinstance(weight, MixedStack):
+        for part_name, part in one_format_each({name: weight}):
+            check_finite(part, rule, part_name)
+        return
     if is_quantized(weight):
         scales = [weight.nested_absmax, weight.offset]
         if weight.nested_absmax is None:

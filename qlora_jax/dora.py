@@ -28,8 +28,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from qlora_jax.mixed import MixedStack, map_layers
 from qlora_jax.quantized import QuantizedTensor, dequantize
-from qlora_jax.tree import map_leading
 
 
 def adapted_norm(
@@ -70,7 +70,7 @@ def adapted_norm(
 
 
 def init_magnitude(
-    w: QuantizedTensor | Float[Array, "*L K N"],
+    w: QuantizedTensor | MixedStack | Float[Array, "*L K N"],
     lora_a: Float[Array, "*L K r"],
     lora_b: Float[Array, "*L r N"],
     scaling: float,
@@ -79,7 +79,7 @@ def init_magnitude(
     """The magnitudes m with which an adapter begins: the norms n of the adapted weight.
 
     Args:
-        w: quantized (out, in), or a dense Flax kernel [*L, in, out].
+        w: quantized (out, in), mixed, or a dense Flax kernel [*L, in, out].
         lora_a: A, with the same leading axes.
         lora_b: B.
         scaling: s.
@@ -94,7 +94,7 @@ def init_magnitude(
         w = w if isinstance(w, QuantizedTensor) else w.T
         return adapted_norm(w, a, b, scaling).astype(dtype)
 
-    return map_leading(one, lora_a.shape[:-2], w, lora_a, lora_b)
+    return map_layers(one, lora_a.shape[:-2], w, lora_a, lora_b)
 
 
 def scale_outputs(

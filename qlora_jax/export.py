@@ -34,8 +34,8 @@ from qlora_jax.divergence import (
 from qlora_jax.errors import ConfigError, DataError, ExportError
 from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import without_adapters
-from qlora_jax.loading import frozen_variables, packed_linears
-from qlora_jax.lora import is_quantized
+from qlora_jax.layer_formats import packed_linears
+from qlora_jax.loading import frozen_variables
 from qlora_jax.merged_files import (
     whole_or_nothing,
     write_4bit_folder,
@@ -48,6 +48,7 @@ from qlora_jax.streaming import StreamedModel
 from qlora_jax.training import load_trained
 from qlora_jax.training.data import load_training_data, token_options
 from qlora_jax.weights import Checkpoint, PackedFormat, open_checkpoint
+from qlora_jax.weights.packed import MixedFormat, format_of
 
 FORMATS = ("hf", "bnb", "qlora_jax", "gguf")
 GGUF_DTYPES = ("bf16", "f16", "f32", "q8_0", "q4_0", "q4_1")
@@ -236,13 +237,13 @@ def _merged_checkpoints(
     return checkpoints
 
 
-def _packed(model: nnx.Module) -> dict[str, PackedFormat]:
+def _packed(model: nnx.Module) -> dict[str, PackedFormat | MixedFormat]:
     """The formats of the layers in 4 bits."""
     values = {path: node.get_value() for path, node in frozen_variables(model).items()}
     return {
-        path.removesuffix("/kernel"): PackedFormat.of(value)
+        path.removesuffix("/kernel"): kind
         for path, value in values.items()
-        if is_quantized(value)
+        if (kind := format_of(value)) is not None
     }
 
 
@@ -252,7 +253,7 @@ def _write(
     tokenizer: Tokenizer,
     format: str,
     dtype: str | None,
-    packed: dict[str, PackedFormat],
+    packed: dict[str, PackedFormat | MixedFormat],
 ) -> None:
     if format == "hf":
         write_hf_folder(merged, out, tokenizer)

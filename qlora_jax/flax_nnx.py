@@ -26,14 +26,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from pallas_kernels.formats import check_format
 from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.lora import MergeError, is_quantized, merge_weight
+from qlora_jax.mixed import MixedStack, map_layers
 from qlora_jax.nnx_linear import QLoRALinear, QuantizedParam
-from qlora_jax.quantized import dequantize
-from qlora_jax.tree import join_path, map_leading, matches
+from qlora_jax.quantized import QuantizedTensor, dequantize
+from qlora_jax.tree import join_path, matches
 
 # Last names of output heads, which "all-linear" leaves alone, as QLoRA and PEFT do. A module in a
 # list of layers or in a stack is never a head: BERT's "layers/0/output" is an ordinary layer.
@@ -234,8 +235,8 @@ def merge_model(
                 use_rslora=linear.use_rslora,
                 requantize=requantize,
             )
-        elif is_quantized(kernel) and not requantize:
-            kernel = map_leading(lambda q: dequantize(q, q.dtype).T, linear.leading_shape, kernel)
+        elif isinstance(kernel, QuantizedTensor | MixedStack) and not requantize:
+            kernel = map_layers(_dense_kernel, linear.leading_shape, kernel)
         replacements[id(linear)] = linear.with_kernel(kernel)
     return substitute(model, replacements, {}), report
 
@@ -354,6 +355,10 @@ def substitute(node: Any, replacements: dict[int, Any], done: dict[int, Any]) ->
     if all(new is old for new, old in zip(new_children, children, strict=True)):
         return node
     return treedef.unflatten(new_children)
+
+
+def _dense_kernel(kernel: QuantizedTensor | Float[Array, "K N"]) -> Float[Array, "K N"]:
+    return dequantize(kernel, kernel.dtype).T if is_quantized(kernel) else kernel
 
 
 def _quantize_kernels(linears: dict[str, QLoRALinear], **options: Any) -> None:

@@ -11,7 +11,6 @@ project's own kind (`qlora_jax.weights.stacked`) by mapping its files into memor
 
 import gc
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,17 +27,19 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import quantize_model
+from qlora_jax.layer_formats import packed_linears, quantize_as
 from qlora_jax.lora import is_quantized
+from qlora_jax.mixed import MixedStack, one_format_each
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.kinds import Model, Shape, abstract_model, read_shape
 from qlora_jax.models.t5_config import MODEL_TYPES as T5_TYPES
 from qlora_jax.nnx_linear import QuantizedParam
+from qlora_jax.quantized import QuantizedTensor
 from qlora_jax.subtraction import Prepare
 from qlora_jax.tree import join_path
 from qlora_jax.vocabulary import VOCAB_QUANT_TYPES, Int8Rows, quantize_vocabulary
-from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint, open_checkpoint
+from qlora_jax.weights import Checkpoint, Slot, StackedCheckpoint, open_checkpoint
 from qlora_jax.weights.matching import match_tensors
-from qlora_jax.weights.names import find_slot, tensor_name
 
 Progress = Callable[[int, int, str], None]
 _GGUF_ROPE_FACTORS = "rope_freqs.weight"
@@ -133,62 +134,6 @@ def load_model(
     return model, tokenizer
 
 
-def packed_linears(checkpoint: Checkpoint) -> dict[str, PackedFormat]:
-    """The linear layers that a checkpoint has in 4 bits.
-
-    Layers are scanned: one projection of all layers is one array. So projections may differ in
-    their format, or be in 16 bits, but the layers of one projection may not.
-
-    Args:
-      checkpoint: an open model.
-
-    Returns:
-      The format of each by its path in the model; empty for a checkpoint in 16 bits.
-
-    Raises:
-      WeightsError: layers of one projection differ, or a tensor is in 4 bits that cannot be.
-    """
-    if isinstance(checkpoint, StackedCheckpoint):
-        return {path.removesuffix("/kernel"): kind for path, kind in checkpoint.formats.items()}
-    found: dict[str, dict[PackedFormat | None, list[Slot]]] = {}
-    for name in checkpoint.names() if checkpoint.formats else ():
-        slot, kind = find_slot(name, checkpoint.naming), checkpoint.formats.get(name)
-        if slot is not None and slot.path.endswith("/kernel"):
-            found.setdefault(slot.path, {}).setdefault(kind, []).append(slot)
-        elif kind is not None and slot is not None:
-            raise WeightsError(
-                f"{checkpoint.path}: {name} is in 4 bits; only linear layers can be. Take a "
-                "checkpoint whose embedding is in 16 bits."
-            )
-    for path, kinds in found.items():
-        if len(kinds) > 1:
-            listing = "; ".join(
-                f"{kind or 'not in 4 bits'} ({len(slots)} layers, for example "
-                f"{tensor_name(slots[0], checkpoint.naming)})"
-                for kind, slots in kinds.items()
-            )
-            raise WeightsError(
-                f"{checkpoint.path}: the layers of {path.removesuffix('/kernel')} differ: "
-                f"{listing}. All layers of a projection are one array here and need one format. "
-                "Take the 16-bit model (it is quantized while it is loaded), or a checkpoint "
-                "that treats all layers alike."
-            )
-    return {
-        path.removesuffix("/kernel"): kind
-        for path, kinds in found.items()
-        for kind in kinds
-        if kind is not None
-    }
-
-
-def quantize_as(model: Model, packed: Mapping[str, PackedFormat]) -> Model:
-    """An abstract model whose linear layers have the formats of `packed_linears`."""
-    for kind in set(packed.values()):
-        paths = "|".join(re.escape(path) for path in packed if packed[path] == kind)
-        model = quantize_model(model, where=paths, **kind._asdict())
-    return model
-
-
 def read_config(checkpoint: Checkpoint) -> Shape:
     """Reads the model's shape, also what GGUF says by its tensors only.
 
@@ -249,8 +194,7 @@ def fill_model(
         else:
             if slot.path not in values:
                 values[slot.path] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), target)
-            layer = np.int32(slot.layer)
-            values[slot.path] = convert_into(values[slot.path], weight, layer, rule)
+            values[slot.path] = convert_into(values[slot.path], weight, slot.layer, rule)
         # One tensor at a time: wait for the device, then let go of the file's bytes. On the CPU
         # JAX uses them in place, and forgets them only when Python collects garbage.
         jax.block_until_ready(values[slot.path])
@@ -320,7 +264,7 @@ def hash_arrays(values: Mapping[str, Any]) -> str:
       False
     """
     digest = xxhash.xxh3_128()
-    for path, value in sorted(values.items()):
+    for path, value in sorted(one_format_each(values)):
         if is_quantized(value):
             digest.update(f"{value.quant_type},{value.block_size},{value.shape};".encode())
         elif not isinstance(value, Int8Rows) and jnp.issubdtype(value.dtype, jnp.floating):
@@ -359,7 +303,8 @@ def slots(variables: Mapping[str, nnx.Variable]) -> Iterator[tuple[Slot, tuple[i
         if "layers" not in path.split("/"):
             yield Slot(path, None), Rule.of(Slot(path, None), target).shape
             continue
-        leading = target.leading_shape if is_quantized(target) else target.shape
+        stacked = isinstance(target, QuantizedTensor | MixedStack)
+        leading = target.leading_shape if stacked else target.shape
         for layer in range(leading[0]):
             yield Slot(path, layer), Rule.of(Slot(path, layer), target).shape
 
@@ -389,6 +334,6 @@ def _fill_from_stacks(
         rule = Rule(tuple(target.shape), dtype, in_rows=in_rows)
         check_finite(value, rule, name)
         # `device_put` takes mapped bytes as they are on a CPU, where `asarray` would copy them.
-        variable.set_value(rule.apply(jax.tree.map(jax.device_put, value)))
+        variable.set_value(rule.apply_to_stack(jax.tree.map(jax.device_put, value)))
         if progress is not None:
             progress(done, len(variables), path)

@@ -30,8 +30,9 @@ from jaxtyping import Array, Float, Key
 
 from qlora_jax.dora import adapted_norm, scale_outputs
 from qlora_jax.errors import ConfigError
+from qlora_jax.mixed import MixedStack, join_parts, map_layers, map_parts
 from qlora_jax.quantized import QuantizedTensor, dequantize, matmul, quantize
-from qlora_jax.tree import flatten_paths, join_path, key_parts, map_leading
+from qlora_jax.tree import flatten_paths, join_path, key_parts
 
 Adapter = dict[str, Array]
 
@@ -180,20 +181,20 @@ def merged_kernel(
 
 
 def merge_weight(
-    w: QuantizedTensor | Float[Array, "*L K N"],
+    w: QuantizedTensor | MixedStack | Float[Array, "*L K N"],
     lora: Adapter,
     *,
     alpha: float,
     use_rslora: bool = False,
     requantize: bool = False,
-) -> tuple[QuantizedTensor | Float[Array, "*L K N"], MergeError]:
+) -> tuple[QuantizedTensor | MixedStack | Float[Array, "*L K N"], MergeError]:
     """Adds an adapter (also of DoRA) into one weight and measures the rounding this caused.
 
     Stacked weights are merged one layer after the other, so the float32 temporaries are those of a
     single matrix.
 
     Args:
-        w: quantized (out, in), or a dense Flax kernel [*L, in, out].
+        w: quantized (out, in), or a dense Flax kernel [*L, in, out], or stacked layers of both.
         lora: its adapter, with the same leading axes.
         alpha: as in training.
         use_rslora: as in training.
@@ -287,7 +288,10 @@ def _merge_stack(w: Any, lora: Adapter, scaling: float, *, requantize: bool) -> 
         relative = jnp.linalg.norm(difference) / norm
         return merged, MergeError(jnp.max(jnp.abs(difference)), relative)
 
-    return map_leading(merge_matrix, lora["lora_a"].shape[:-2], w, lora)
+    if isinstance(w, MixedStack) and requantize:
+        parts, errors = zip(*map_parts(merge_matrix, w, lora), strict=True)
+        return dataclasses.replace(w, parts=parts), join_parts(w, errors)
+    return map_layers(merge_matrix, lora["lora_a"].shape[:-2], w, lora)
 
 
 def _quantize_like(q: QuantizedTensor, w: Float[Array, "N K"]) -> QuantizedTensor:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from qlora_jax.hf_folder import (
     json_bytes,
     weight_index,
 )
-from qlora_jax.loading import quantize_as
+from qlora_jax.layer_formats import quantize_as
 from qlora_jax.merging import MergedCheckpoint
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.gguf_config import rope_factors, to_gguf
@@ -38,6 +38,7 @@ from qlora_jax.weights.fused import Fused, find_fused, fused_modules, whole_modu
 from qlora_jax.weights.gguf import permute_rows, permuted_heads
 from qlora_jax.weights.gguf_writing import write_gguf
 from qlora_jax.weights.names import tensor_name
+from qlora_jax.weights.packed import MixedFormat
 from qlora_jax.weights.safetensors import read_header
 from qlora_jax.weights.writing import JOURNAL, FolderWriter, Piece, TensorSpec, split_into_files
 
@@ -150,7 +151,7 @@ def write_4bit_folder(
     tokenizer: Tokenizer,
     *,
     format: str,
-    packed: dict[str, PackedFormat],
+    packed: Mapping[str, PackedFormat | MixedFormat],
     file_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> None:

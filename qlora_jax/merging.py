@@ -26,8 +26,10 @@ from jaxtyping import Array, Float
 from qlora_jax.conversion import Rule, check_finite
 from qlora_jax.errors import ConfigError
 from qlora_jax.hf_folder import model_config
-from qlora_jax.loading import frozen_variables, packed_linears, slots
+from qlora_jax.layer_formats import packed_linears
+from qlora_jax.loading import frozen_variables, slots
 from qlora_jax.lora import Adapter, is_quantized, lora_scaling, merged_kernel
+from qlora_jax.mixed import MixedStack, take_layer
 from qlora_jax.nnx_linear import QLoRALinear
 from qlora_jax.quantized import QuantizedTensor, dequantize
 from qlora_jax.tree import join_path
@@ -141,8 +143,11 @@ class MergedCheckpoint:
     def _base(self, slot: Slot) -> np.ndarray | QuantizedTensor:
         """The tensor without an adapter: as it was trained on, or as it was before."""
         value = self._variables[slot.path].get_value()
-        if is_quantized(value) and (self._original is None or slot.path not in self._linears):
-            return value if slot.layer is None else jax.tree.map(lambda x: x[slot.layer], value)
+        if self._original is None or slot.path not in self._linears:
+            if isinstance(value, QuantizedTensor | MixedStack) and slot.layer is not None:
+                value = take_layer(value, slot.layer)
+            if is_quantized(value):
+                return value
         if isinstance(value, Int8Rows) and self._original is None:
             return np.asarray(dequantize_rows(value))
         # What is in 16 bits has the compute dtype in the model, and its own in the file.

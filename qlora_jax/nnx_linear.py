@@ -18,11 +18,17 @@ from jaxtyping import Array, Float
 from qlora_jax.dora import init_magnitude, scale_outputs
 from qlora_jax.lora import is_quantized, lora_delta, lora_scaling
 from qlora_jax.lora_init import init_adapter
+from qlora_jax.mixed import MixedStack, dense_layer, multiply_mixed
+from qlora_jax.models.unscanned import UnscannedVariable
 from qlora_jax.quantized import QuantizedTensor, matmul, quantize
 
 
 class QuantizedParam(nnx.Variable):
     """Holds a ``QuantizedTensor`` (or ``Int8Rows``). No ``nnx.Param``: no optimizer picks it up."""
+
+
+class MixedParam(QuantizedParam, UnscannedVariable):
+    """Holds a ``MixedStack``: kernels of stacked layers that are not all in one format."""
 
 
 class SubtractedParam(nnx.Variable):
@@ -38,7 +44,8 @@ class QLoRALinear(nnx.Module):
 
     Attributes:
         kernel: ``QuantizedParam`` with a tensor of shape (out_features, in_features), or the dense
-            ``nnx.Param`` [*L, *in_shape, *out_shape] of the layer that this one replaces.
+            ``nnx.Param`` [*L, *in_shape, *out_shape] of the layer that this one replaces, or a
+            ``MixedParam`` where stacked layers differ.
         bias: ``nnx.Param`` [*L, *out_shape] or None; frozen.
         lora_a: ``nnx.LoRAParam`` [*L, in_features, rank], None for rank 0.
         lora_b: ``nnx.LoRAParam`` [*L, rank, out_features], None for rank 0.
@@ -122,7 +129,7 @@ class QLoRALinear(nnx.Module):
     def leading_shape(self) -> tuple[int, ...]:
         """The axes of stacked layers, () for a layer that can be called."""
         value = self.kernel.get_value()
-        if is_quantized(value):
+        if isinstance(value, QuantizedTensor | MixedStack):
             return tuple(value.leading_shape)
         return tuple(value.shape[: value.ndim - len(self.in_shape) - len(self.out_shape)])
 
@@ -152,10 +159,10 @@ class QLoRALinear(nnx.Module):
         return wider, self.alpha * (math.sqrt(2.0) if self.use_rslora else 2.0)
 
     @property
-    def matrix_kernel(self) -> QuantizedTensor | Float[Array, "*L K N"]:
+    def matrix_kernel(self) -> QuantizedTensor | MixedStack | Float[Array, "*L K N"]:
         """The kernel as ``merge_weight`` takes it: quantized or [*L, in_features, out_features]."""
         kernel = self.kernel.get_value()
-        if is_quantized(kernel):
+        if isinstance(kernel, QuantizedTensor | MixedStack):
             return kernel
         return kernel.reshape(*self.leading_shape, self.in_features, self.out_features)
 
@@ -233,6 +240,8 @@ class QLoRALinear(nnx.Module):
         x = x.reshape(*x.shape[: x.ndim - count], self.in_features)
         if is_quantized(kernel):
             y = matmul(x, kernel)
+        elif isinstance(kernel, MixedStack):
+            y = multiply_mixed(x, kernel, self.precision)
         else:
             y = jnp.matmul(x, kernel.astype(x.dtype), precision=self.precision)
         if self.rank:
@@ -246,7 +255,10 @@ class QLoRALinear(nnx.Module):
                 key=self.rngs() if training else None,
             )
         if self.lora_magnitude is not None:
-            weight = kernel if is_quantized(kernel) else kernel.T
+            if isinstance(kernel, MixedStack):
+                weight = dense_layer(kernel, x.dtype)
+            else:
+                weight = kernel if is_quantized(kernel) else kernel.T
             scaling = lora_scaling(self.rank, self.alpha, self.use_rslora)
             y = scale_outputs(y, weight, self.adapter, scaling)
         y = y.reshape(*y.shape[:-1], *self.out_shape)
@@ -255,17 +267,17 @@ class QLoRALinear(nnx.Module):
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def with_kernel(
-        self, kernel: QuantizedTensor | Float[Array, "*L K N"]
+        self, kernel: QuantizedTensor | MixedStack | Float[Array, "*L K N"]
     ) -> QLoRALinear | nnx.Linear | nnx.LinearGeneral:
         """The layer with another kernel and without its adapter; the bias is shared.
 
         Args:
-            kernel: quantized, for a ``QLoRALinear`` of rank 0, or dense [*L, in_features,
-                out_features], for a plain layer of the kind that this one replaced.
+            kernel: quantized or mixed, for a ``QLoRALinear`` of rank 0, or dense [*L,
+                in_features, out_features], for a plain layer of the kind that this one replaced.
         """
-        if is_quantized(kernel):
+        if isinstance(kernel, QuantizedTensor | MixedStack):
             return QLoRALinear(
-                QuantizedParam(kernel),
+                MixedParam(kernel) if isinstance(kernel, MixedStack) else QuantizedParam(kernel),
                 self.bias,
                 in_shape=self.in_shape,
                 out_shape=self.out_shape,
@@ -302,7 +314,8 @@ class QLoRALinear(nnx.Module):
     def _compute_dtype(self, x: Array, kernel: Any) -> DTypeLike:
         if self.dtype is not None:
             return self.dtype
-        if is_quantized(kernel) and jnp.issubdtype(x.dtype, jnp.floating):
+        packed = isinstance(kernel, QuantizedTensor | MixedStack)
+        if packed and jnp.issubdtype(x.dtype, jnp.floating):
             return x.dtype
         return jnp.result_type(x.dtype, kernel.dtype)
 

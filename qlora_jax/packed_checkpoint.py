@@ -34,23 +34,24 @@ from qlora_jax.hf_folder import (
     model_config,
     weight_index,
 )
+from qlora_jax.layer_formats import packed_linears, quantize_as
 from qlora_jax.loading import (
     frozen_variables,
     hash_arrays,
-    packed_linears,
-    quantize_as,
     read_config,
     slots,
 )
 from qlora_jax.lora import is_quantized
+from qlora_jax.mixed import MixedStack, one_format_each, part_name
 from qlora_jax.models.kinds import Model, abstract_model
 from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint, open_checkpoint
 from qlora_jax.weights import bitsandbytes as bnb
 from qlora_jax.weights.fused import FUSED_NAMINGS
 from qlora_jax.weights.matching import match_tensors, read_slot
 from qlora_jax.weights.names import naming_of, tensor_name
+from qlora_jax.weights.packed import all_kinds
 from qlora_jax.weights.safetensors import DTYPE_NAMES, read_header
-from qlora_jax.weights.stacked import INDEX, PARTS, VERSION, map_entry
+from qlora_jax.weights.stacked import INDEX, PARTS, VERSIONS, map_entry
 from qlora_jax.weights.writing import FolderWriter, Piece, TensorSpec, split_into_files
 
 Progress = Callable[[int, int, str], None]
@@ -174,7 +175,7 @@ def _abstract_model(source: Checkpoint, asked: Mapping[str, Any], where: str) ->
     config = read_config(source)
     model = abstract_model(config)
     if packed := packed_linears(source):
-        for kind in set(packed.values()):
+        for kind in all_kinds(packed.values()):
             wrong = {k: v for k, v in asked.items() if v not in (None, getattr(kind, k))}
             if wrong:
                 raise ConfigError(
@@ -193,12 +194,15 @@ class _Layout:
 
     Attributes:
       plan: the slot of each of the input's tensors, in the input's order.
-      formats: of the kernels by path.
+      values: of the model by path, abstract.
+      targets: the same, but of layers in several formats an array for each of these.
+      formats: of the kernels among the targets.
     """
 
     def __init__(self, source: Checkpoint, variables: Mapping[str, nnx.Variable]):
         self.source, self.variables = source, variables
-        self.targets = {path: variable.get_value() for path, variable in variables.items()}
+        values = {path: variable.get_value() for path, variable in variables.items()}
+        self.values, self.targets = values, dict(one_format_each(values))
         self.formats = {p: PackedFormat.of(q) for p, q in self.targets.items() if is_quantized(q)}
         wanted = dict(slots(variables))
         if isinstance(source, StackedCheckpoint):
@@ -214,8 +218,16 @@ class _Layout:
 
     def nbytes(self, name: str, slot: Slot) -> int:
         """Bytes of a tensor of the input before it was in 4 bits."""
-        shape = Rule.of(slot, self.targets[slot.path]).shape
+        shape = Rule.of(slot, self.values[slot.path]).shape
         return math.prod(shape) * self.dtype(name, slot).itemsize
+
+    def place(self, slot: Slot) -> Slot:
+        """Where among the targets a tensor is."""
+        value = self.values[slot.path]
+        if not isinstance(value, MixedStack):
+            return slot
+        part, entry = value.find(slot.layer)
+        return Slot(part_name(slot.path, value.places[part]), entry)
 
 
 class _Stacked(_Layout):
@@ -225,9 +237,9 @@ class _Stacked(_Layout):
         super().__init__(source, variables)
         self.dtypes: dict[str, np.dtype] = {}
         for name, slot in self.plan.items():
-            dtype = self.dtype(name, slot)
+            dtype, path = self.dtype(name, slot), self.place(slot).path
             # Of layers with different dtypes one that holds all of their values.
-            self.dtypes[slot.path] = jnp.promote_types(self.dtypes.get(slot.path, dtype), dtype)
+            self.dtypes[path] = jnp.promote_types(self.dtypes.get(path, dtype), dtype)
 
     def groups(self) -> list[dict[str, TensorSpec]]:
         """The tensors of the files; what belongs to one array stays together."""
@@ -244,11 +256,11 @@ class _Stacked(_Layout):
         self, name: str, slot: Slot, weight: Any, rule: Rule
     ) -> tuple[list[Piece], dict[str, bytes]]:
         """What to write for one tensor of the input."""
-        rule = dataclasses.replace(rule, dtype=self.dtypes[slot.path])
+        path, layer = self.place(slot)
+        rule = dataclasses.replace(rule, dtype=self.dtypes[path])
         value = jax.tree.map(np.asarray, convert(weight, rule))
-        layer = slot.layer or 0
-        named = _named_leaves(slot.path, value)
-        return [Piece(leaf_name, layer * leaf.nbytes, leaf) for leaf_name, leaf in named], {}
+        named = _named_leaves(path, value)
+        return [Piece(leaf_name, (layer or 0) * leaf.nbytes, leaf) for leaf_name, leaf in named], {}
 
     def descriptions(self, files: list[pathlib.Path]) -> dict[str, bytes]:
         """The small files of this kind, `config.json` last."""
@@ -257,9 +269,12 @@ class _Stacked(_Layout):
         for path, target in self.targets.items():
             leaves = [map_entry(entries[name]) for name, _ in _named_leaves(path, target)]
             values[path] = jax.tree.unflatten(jax.tree.structure(target), leaves)
+        mixed = {p: v.places for p, v in self.values.items() if isinstance(v, MixedStack)}
+        version = VERSIONS[1] if mixed else VERSIONS[0]
         index = {
             "format": StackedCheckpoint.METHOD,
-            "version": VERSION,
+            "version": version,
+            **({"mixed": mixed} if mixed else {}),
             "base_fingerprint": hash_arrays(values),
             "files": {
                 file.name: {"bytes": file.stat().st_size, "xxh3_128": fingerprint(file)}
@@ -275,7 +290,7 @@ class _Stacked(_Layout):
                 for path, kind in self.formats.items()
             },
         }
-        method = {"quant_method": StackedCheckpoint.METHOD, "version": VERSION}
+        method = {"quant_method": StackedCheckpoint.METHOD, "version": version}
         if isinstance(self.source, bnb.BitsandbytesCheckpoint):  # to be written again one day
             method["bitsandbytes"] = self.source.config["quantization_config"]
         config = model_config(self.source) | {"quantization_config": method}
@@ -311,12 +326,13 @@ class _Bitsandbytes(_Layout):
         """The tensors of the files; what belongs to one weight stays together."""
         groups = []
         for name, slot in self.plan.items():
-            target, dtype = self.targets[slot.path], self.dtype(name, slot)
-            shape, name = Rule.of(slot, target).shape, tensor_name(slot, self.naming)
-            if slot.path not in self.formats:
+            dtype, kind = self.dtype(name, slot), self.formats.get(self.place(slot).path)
+            shape = Rule.of(slot, self.values[slot.path]).shape
+            name = tensor_name(slot, self.naming)
+            if kind is None:
                 groups.append({name: TensorSpec(shape, dtype)})
                 continue
-            specs = bnb.file_specs(name, self.formats[slot.path], shape, dtype)
+            specs = bnb.file_specs(name, kind, shape, dtype)
             groups.append({n: TensorSpec(*spec, tail=bnb.STATE in n) for n, spec in specs.items()})
         return groups
 
@@ -354,6 +370,10 @@ class _Bitsandbytes(_Layout):
 
         dense = {last_name(path) for path in self.targets if path.endswith("/kernel")}
         dense -= {last_name(path) for path in self.formats}
+        # Of a projection whose layers differ, single layers.
+        mixed = [slot for slot in self.plan.values() if self.place(slot) != slot]
+        left = [slot for slot in mixed if self.place(slot).path not in self.formats]
+        dense |= {tensor_name(slot, self.naming).removesuffix(".weight") for slot in left}
         skip = None
         if dense - {"lm_head"} or "lm_head/kernel" in self.formats:
             head = set() if "lm_head/kernel" in self.formats else {"lm_head"}

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import re
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from qlora_jax.data import display
 from qlora_jax.data.masking import ChatTokenizer, Example
 from qlora_jax.metrics import device_memory, host_memory
 from qlora_jax.quantized import QuantizedTensor
+from qlora_jax.tree import flatten_paths
 from qlora_jax.vocabulary import Int8Rows
 
 
@@ -86,6 +89,32 @@ def measure(lora: PyTree, frozen: PyTree) -> ModelSize:
         return sum(x.size for x in leaves), sum(x.size * x.dtype.itemsize for x in arrays)
 
     return ModelSize(*total(jax.tree.leaves(lora)), *total(quantized), *total(dense))
+
+
+class DenseLinears(NamedTuple):
+    """Linear layers of a stack that are not in 4 bits: how many, and of what size."""
+
+    layers: int
+    parameters: int
+    nbytes: int
+
+
+def dense_linears(frozen: PyTree) -> DenseLinears:
+    """Counts the stacked linear layers that are left in 16 or 32 bits.
+
+    >>> kernel = jnp.zeros((2, 4, 3), jnp.bfloat16)
+    >>> dense_linears({"layers": {"q_proj": {"kernel": kernel}}})
+    DenseLinears(layers=2, parameters=24, nbytes=48)
+    """
+    leaves = flatten_paths(frozen, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+    name = re.compile(r"(.*/)?layers/.*/kernel(/parts/\d+)?")
+    found = [
+        leaf
+        for path, leaf in leaves.items()
+        if name.fullmatch(path) and not isinstance(leaf, QuantizedTensor) and leaf.ndim == 3
+    ]
+    sizes = [(leaf.shape[0], leaf.size, leaf.size * leaf.dtype.itemsize) for leaf in found]
+    return DenseLinears(*map(sum, zip(*sizes, strict=True))) if sizes else DenseLinears(0, 0, 0)
 
 
 def format_bytes(count: float) -> str:

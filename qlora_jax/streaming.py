@@ -26,10 +26,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.devices import release_unused_memory
 from qlora_jax.conversion import Rule, convert
-from qlora_jax.loading import frozen_variables, packed_linears, quantize_as, read_config
+from qlora_jax.layer_formats import formats_of_layer, packed_linears, quantize_as
+from qlora_jax.loading import frozen_variables, read_config
 from qlora_jax.models.llama import Llama
 from qlora_jax.weights import Checkpoint, Slot
 from qlora_jax.weights.matching import read_slot, slot_names
+from qlora_jax.weights.packed import MixedFormat
 
 Batch = Mapping[str, Array]
 
@@ -55,7 +57,8 @@ class StreamedModel:
         model = nnx.eval_shape(
             lambda: Llama(one, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, remat="none")
         )
-        self.model = quantize_as(model, packed_linears(checkpoint))
+        self._dense, self._packed = model, packed_linears(checkpoint)
+        self.model = quantize_as(model, formats_of_layer(self._packed, 0))
         self._fill(None)
 
     def hidden_states(self, batches: Sequence[Batch]) -> list[Float[Array, "B T D"]]:
@@ -84,6 +87,9 @@ class StreamedModel:
 
     def _fill(self, layer: int | None) -> None:
         """Reads a layer, or what is outside of the layers."""
+        if layer is not None and any(isinstance(k, MixedFormat) for k in self._packed.values()):
+            kinds = formats_of_layer(self._packed, layer)
+            self.model.layers = quantize_as(nnx.clone(self._dense), kinds).layers
         for path, variable in frozen_variables(self.model).items():
             if path.startswith("layers/") == (layer is None):
                 continue

@@ -38,7 +38,7 @@ def model(tmp_path):
     return folder
 
 
-@pytest.fixture(params=["bnb_nf4", "bnb_fp4"])
+@pytest.fixture(params=["bnb_nf4", "bnb_fp4", "bnb_dynamic"])
 def golden(request, tmp_path):
     """A checkpoint that transformers and bitsandbytes saved."""
     folder = shutil.copytree(GOLDEN / request.param, tmp_path / "golden")
@@ -245,7 +245,7 @@ def test_a_missing_part_and_a_weight_without_state(nf4, tmp_path):
     with pytest.raises(WeightsError, match="quant_map is missing"):
         load_model(nf4)
     change(other, {f"{UP}.quant_state.bitsandbytes__nf4": None})
-    with pytest.raises(WeightsError, match=f"not expected: .*{UP}|{UP}.*not expected|differ"):
+    with pytest.raises(WeightsError, match=f"not expected: .*{UP}|{UP}.*not expected"):
         load_model(other)
 
 
@@ -282,29 +282,13 @@ def mix(a, b, choose, out):
     return out
 
 
-def test_projections_may_differ_but_not_the_layers_of_one(model, nf4, tmp_path):
+def test_projections_may_differ(model, nf4, tmp_path):
     other = quantize_checkpoint(model, tmp_path / "o", format="bitsandbytes", quant_type="fp4")
     mixed = mix(nf4, other, lambda name: "mlp" in name, tmp_path / "mixed")
     loaded, _ = load_model(mixed)
     q, up = loaded.layers.self_attn.q_proj.kernel, loaded.layers.mlp.up_proj.kernel
     assert (q.get_value().quant_type, q.get_value().block_size) == ("nf4", 32)
     assert (up.get_value().quant_type, up.get_value().block_size) == ("fp4", 64)
-    uneven = mix(nf4, other, lambda name: "layers.1.mlp.up" in name, tmp_path / "uneven")
-    with pytest.raises(WeightsError) as caught:
-        load_model(uneven)
-    message = str(caught.value)
-    assert "the layers of layers/mlp/up_proj differ" in message
-    assert "fp4 in blocks of 64 with double quantization (1 layers, for example" in message
-    assert "Take the 16-bit model" in message
-
-
-def test_a_layer_in_16_bits_among_4_bit_ones_is_refused_by_name(model, nf4):
-    weight = open_checkpoint(model).read(UP)
-    with_bits = {UP: weight, **{f"{UP}.{part}": None for part in ("absmax", "quant_map")}}
-    parts = ("nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
-    change(nf4, with_bits | {f"{UP}.{part}": None for part in parts})
-    with pytest.raises(WeightsError, match=r"up_proj differ: .*not in 4 bits \(1 layers"):
-        load_model(nf4)
 
 
 def test_a_stacked_folder_that_is_damaged(model, tmp_path):
@@ -318,7 +302,7 @@ def test_a_stacked_folder_that_is_damaged(model, tmp_path):
     file.write_bytes(content)
     path = "layers/mlp/up_proj/kernel"
     for wrong, message in [
-        ({"version": 2}, "has version 2, this is made for 1"),
+        ({"version": 3}, "has version 3, this is made for at most 2"),
         ({"kernels": index["kernels"] | {path: {}}}, "is missing"),
         ({"kernels": {k: v for k, v in index["kernels"].items() if k != path}}, f"{path}.* only"),
         (

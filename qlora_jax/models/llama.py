@@ -36,6 +36,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.long_rows import layer_in_chunks
 from qlora_jax.models.norm import make_norm
 from qlora_jax.models.rope import inverse_frequencies, rope_tables
+from qlora_jax.models.unscanned import split_layers
 
 # What the backward pass finds stored, beside the input of every layer. The rest it computes again.
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -355,11 +356,12 @@ class Llama(nnx.Module):
 
         mask = None if differ else mask_of(config.sliding_window)
         ropes = self._ropes(positions, in_chunks)
-        graphdef, state = nnx.split(self.layers)
+        graphdef, state, whole_state = split_layers(self.layers)
 
         def body(carry, scanned):
             x, cache = carry
             state, layer, is_full = scanned
+            state = whole_state(state, layer)
             x = checkpoint_name(x, "layer_input")
             seen, window = mask, config.sliding_window
             if differ:

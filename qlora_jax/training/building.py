@@ -17,7 +17,8 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import apply_qlora
-from qlora_jax.loading import base_fingerprint, load_model, packed_linears, stored_fingerprint
+from qlora_jax.layer_formats import packed_linears
+from qlora_jax.loading import base_fingerprint, load_model, stored_fingerprint
 from qlora_jax.lora import lora_scaling
 from qlora_jax.optim import make_optimizer, make_schedule
 from qlora_jax.subtraction import (
@@ -32,6 +33,7 @@ from qlora_jax.subtraction import (
 from qlora_jax.training.data import with_chat_format
 from qlora_jax.vocabulary import quantize_vocabulary
 from qlora_jax.weights import PackedFormat, StackedCheckpoint, open_checkpoint
+from qlora_jax.weights.packed import all_kinds
 
 
 def choose_compute_dtype(name: str, device: jax.Device) -> tuple[np.dtype, str]:
@@ -103,7 +105,7 @@ def build_model(
         WeightsError: the model cannot be read, or is not what was once quantized.
     """
     checkpoint = open_checkpoint(resolve_path(config.model.path, kind="model"))
-    _check_format(config, set(packed_linears(checkpoint).values()))
+    _check_format(config, all_kinds(packed_linears(checkpoint).values()))
     options = model_options(config, jax.devices()[0])
     file = workdir and workdir / SUBTRACTED_FILE
     prepare = _prepare(config, file if again else None)

@@ -29,7 +29,7 @@ from qlora_jax.generation import generate
 from qlora_jax.metrics import MetricsWriter, plot_loss
 from qlora_jax.neftune import add_embedding_noise
 from qlora_jax.placement import eval_placed, place_abstract, tree_bytes
-from qlora_jax.report import Report, format_bytes, format_count, measure
+from qlora_jax.report import Report, dense_linears, format_bytes, format_count, measure
 from qlora_jax.subtraction import SUBTRACTED_FILE, read_subtracted, set_subtracted
 from qlora_jax.training.building import (
     build_model,
@@ -252,6 +252,11 @@ class _Run:
         epochs = self.steps * rows / self.batches.rows_per_epoch
         quantized_bits = 8 * size.quantized_bytes / max(size.quantized, 1)
         dense_bits = 8 * size.dense_bytes / max(size.dense, 1)
+        linears = dense_linears(self.frozen)
+        left = (
+            f"{format_count(linears.parameters)} of {linears.layers} linear layers "
+            f"({format_bytes(linears.nbytes)}) and "
+        )
         facts = [
             ("model", hub.describe(config.model.path, "model")),
             ("fingerprint", self.fingerprint),
@@ -260,7 +265,8 @@ class _Run:
                 f"{format_count(size.frozen)} parameters in {format_bytes(size.frozen_bytes)}, "
                 f"{size.bits_per_frozen:.2f} bits each: {format_count(size.quantized)} in "
                 f"{config.model.quant_type} at {quantized_bits:.3f} bits, "
-                f"{format_count(size.dense)} embeddings and norms at {dense_bits:.0f}",
+                f"{left if linears.layers else ''}{format_count(size.dense - linears.parameters)} "
+                f"embeddings and norms at {dense_bits:.0f}",
             ),
             (
                 "trainable",

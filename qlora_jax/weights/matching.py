@@ -6,10 +6,10 @@ And the way back: the tensor of a checkpoint for a place in the model.
 import collections
 from collections.abc import Iterable, Mapping
 
-import jax
 import numpy as np
 
 from qlora_jax.errors import WeightsError
+from qlora_jax.mixed import take_layer
 from qlora_jax.quantized import QuantizedTensor
 from qlora_jax.weights.checkpoint import Checkpoint
 from qlora_jax.weights.names import Slot, find_slot, is_ignored, tensor_name
@@ -89,7 +89,7 @@ def read_slot(checkpoint: Checkpoint, name: str | None, slot: Slot) -> np.ndarra
         return checkpoint.read(name)
     value = checkpoint.read(slot.path)
     if slot.layer is not None:
-        value = jax.tree.map(lambda leaf: leaf[slot.layer], value)
+        value = take_layer(value, slot.layer)
     if slot.path.endswith("/kernel") and not isinstance(value, QuantizedTensor):
         return np.ascontiguousarray(value.T)
     return value

@@ -1,12 +1,13 @@
-"""Makes bnb_nf4/ and bnb_fp4/: 4-bit checkpoints as transformers and bitsandbytes save them.
+"""Makes bnb_nf4/, bnb_fp4/ and bnb_dynamic/: 4-bit checkpoints as transformers saves them.
 
 Run it where both are installed (Python 3.11, CPU build of torch):
 
     TORCHDYNAMO_DISABLE=1 python tests/golden/make_bitsandbytes_folders.py
 
 bnb_nf4: bfloat16, double quantization, one file, scales in several nested blocks. bnb_fp4: float32,
-no double quantization, several files, o_proj left out of the quantization. Each has logits.npy,
-what transformers computes in float32 for TOKENS from the saved folder.
+no double quantization, several files, o_proj left out of the quantization. bnb_dynamic: bfloat16,
+layers in the middle left out, as in Unsloth's dynamic checkpoints. Each has logits.npy, what
+transformers computes in float32 for TOKENS from the saved folder.
 """
 
 import pathlib
@@ -36,6 +37,22 @@ CASES = {
         dtype=torch.float32,
         quantization=dict(bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["o_proj", "lm_head"]),
         max_shard_size="30KB",
+    ),
+    "bnb_dynamic": dict(
+        sizes=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4),
+        dtype=torch.bfloat16,
+        quantization=dict(
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=[
+                "lm_head",
+                "model.layers.1.mlp.down_proj",
+                "model.layers.2.mlp",
+                "model.layers.2.self_attn.q_proj",
+            ],
+        ),
+        max_shard_size="1GB",
     ),
 }
 
