@@ -112,7 +112,7 @@ def export_merged(
     *,
     format: str = "hf",
     dtype: str | None = None,
-    weights: str = TRAINED,
+    weights: str | None = None,
     eval_path: str = "",
     eval_tokens: int = 4096,
     max_regression: float = 0.02,
@@ -128,7 +128,8 @@ def export_merged(
         dtype: of dense tensors: "bf16", "f16" or "f32"; for GGUF also "q8_0", "q4_0" or "q4_1".
         weights: what the adapter is added to: "trained", the 4-bit weights that it was trained on,
             "original", those of the run's model before they were quantized, or another model with
-            the original weights.
+            the original weights. None: "trained", but for what is quantized again "original" where
+            the run has it, because 4-bit weights would be rounded back to what they were.
         eval_path: text or records to measure on; empty: the run's held-out records.
         eval_tokens: about so many tokens of it.
         max_regression: by how many nats per token the loss of what was written may be above that
@@ -161,7 +162,7 @@ def export_merged(
         config = load_config(pathlib.Path(workdir).expanduser() / "config.json")
         batches = _batches(config, tokenizer, eval_path, eval_tokens)
         merged = _merged_checkpoints(model, config, weights, _HF_DTYPES.get(dtype, jnp.float32))
-        chosen = TRAINED if weights == TRAINED else ORIGINAL
+        chosen = _choose(weights, format, merged)
 
         step("measuring the base and the adapted model")
         base = predict_in_memory(without_adapters(model), batches)
@@ -215,14 +216,20 @@ def _heldout(config: config_dict.ConfigDict, tokenizer: Tokenizer, path: str) ->
     return tokenize_records(found, tokenizer, on_bad_record=policy, **token_options(config, "auto"))
 
 
+def _choose(weights: str | None, format: str, merged: dict[str, MergedCheckpoint]) -> str:
+    if weights is None:
+        return ORIGINAL if format not in _DTYPES and ORIGINAL in merged else TRAINED
+    return TRAINED if weights == TRAINED else ORIGINAL
+
+
 def _merged_checkpoints(
-    model: nnx.Module, config: config_dict.ConfigDict, weights: str, dtype: Any
+    model: nnx.Module, config: config_dict.ConfigDict, weights: str | None, dtype: Any
 ) -> dict[str, MergedCheckpoint]:
     """The model merged into what it was trained on and, where it can be had, into the original."""
     source = open_checkpoint(resolve_path(config.model.path, kind="model"))
     checkpoints = {TRAINED: MergedCheckpoint(model, source, dtype=dtype)}
     original: Checkpoint | None = source
-    if weights not in (TRAINED, ORIGINAL):
+    if weights not in (None, TRAINED, ORIGINAL):
         original = open_checkpoint(resolve_path(weights, kind="model"))
     elif packed_linears(source):
         if weights == ORIGINAL:

@@ -244,6 +244,8 @@ def merge_model(
 def without_adapters(model: nnx.Module) -> nnx.Module:
     """A copy of a model that shares its frozen arrays and has no adapters: its base.
 
+    Where an initialisation took something out of the weights, that stays as an adapter.
+
     Args:
         model: made by ``apply_qlora``; it stays as it is.
 
@@ -254,8 +256,14 @@ def without_adapters(model: nnx.Module) -> nnx.Module:
         (2, 0)
     """
     model = nnx.merge(*nnx.split(model))
-    linears = [node for _, node in nnx.iter_graph(model) if isinstance(node, QLoRALinear)]
-    bases = {id(linear): linear.with_kernel(linear.matrix_kernel) for linear in linears}
+    bases = {}
+    for _, linear in nnx.iter_graph(model):
+        if isinstance(linear, QLoRALinear) and linear.subtracted_a is None:
+            bases[id(linear)] = linear.with_kernel(linear.matrix_kernel)
+        elif isinstance(linear, QLoRALinear):  # what was taken out of the kernel belongs to it
+            linear.lora_a = nnx.LoRAParam(linear.subtracted_a.get_value())
+            linear.lora_b = nnx.LoRAParam(linear.subtracted_b.get_value())
+            linear.lora_magnitude = nnx.data(None)
     return substitute(model, bases, {})
 
 

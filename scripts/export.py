@@ -8,10 +8,10 @@
 peft: adapter_model.safetensors and adapter_config.json, which PEFT's PeftModel.from_pretrained puts
 onto the same base. --base_model is the name that others know the base by.
 
-hf, gguf (--merge=dense): the adapter is added to the weights. --weights=trained takes the 4-bit
-weights, decoded, that it was trained on; --weights=original takes those from before they were
-quantized, which the adapter does not know. bnb, qlora_jax (--merge=requantized): the sum is
-quantized again.
+hf, gguf (--merge=dense): the adapter is added to the weights. --weights=trained (the default) takes
+the 4-bit weights, decoded, that it was trained on; --weights=original takes those from before they
+were quantized, which the adapter does not know. bnb, qlora_jax (--merge=requantized): the sum is
+quantized again; here original is the default, because 4-bit weights are rounded back.
 
 What was merged is read back and compared with the adapted model on held-out text. If its loss is
 worse by more than --max_regression, it is deleted again.
@@ -50,7 +50,7 @@ _MERGE = flags.DEFINE_enum(
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights",
-    TRAINED,
+    None,
     f"what a merge adds the adapter to: {TRAINED}, {ORIGINAL}, or a model with the original "
     "weights",
 )

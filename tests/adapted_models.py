@@ -42,15 +42,15 @@ def write_base(folder: pathlib.Path, case: str) -> pathlib.Path:
     return folder
 
 
-def adapt(model: nnx.Module, seed: int = 0) -> nnx.Module:
+def adapt(model: nnx.Module, scale: float = 0.1) -> nnx.Module:
     """Puts adapters on a model whose effect is seen; in the order of the paths."""
     model = apply_qlora(model, rank=2, alpha=6, use_rslora=True, quant_type=None, rngs=nnx.Rngs(0))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     for _, node in nnx.iter_graph(model):
         if isinstance(node, QLoRALinear) and node.rank:
             for name in ("lora_a", "lora_b"):
                 variable = getattr(node, name)
-                value = generator.normal(0, 0.1, variable.shape)
+                value = generator.normal(0, scale, variable.shape)
                 variable.set_value(jnp.asarray(value, jnp.float32))
     model.eval()
     return model

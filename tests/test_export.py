@@ -66,7 +66,7 @@ def test_a_regression_is_refused_shown_and_leaves_nothing(run, tmp_path):
     merge = export_merged(run, tmp_path / "out", format="bnb", max_regression=allowed)
     assert merge.rows == shown[0].rows
     requantized = merge.rows[merge.written]
-    assert merge.written == "4-bit weights + delta, in 4 bits again (written)"
+    assert merge.written == "original weights + delta, in 4 bits again (written)"
     assert requantized.kl > 1e-3
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "bitsandbytes"

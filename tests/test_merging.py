@@ -128,6 +128,17 @@ def test_the_base_of_an_adapted_model_shares_its_arrays(llama2):
     assert codes[0] is codes[1]
 
 
+def test_the_base_keeps_what_was_taken_out_of_its_weights(llama2):
+    model, _ = llama2
+    taken = {name: 0.5 * matrix for name, matrix in model.layers.mlp.up_proj.adapter.items()}
+    set_subtracted(model, {"layers/mlp/up_proj": taken})
+    base = without_adapters(model)
+    assert base.layers.mlp.down_proj.rank == 0
+    for name, matrix in base.layers.mlp.up_proj.adapter.items():
+        np.testing.assert_array_equal(matrix, taken[name])
+    assert model.layers.mlp.up_proj.lora_a.get_value() is not taken["lora_a"]
+
+
 @pytest.mark.parametrize("case", ["llama3", "qwen2_windowed", "gemma3", "opt"])
 def test_a_streamed_model_is_the_model(tmp_path, case):
     model, base = adapted_models.adapted(tmp_path, case)
@@ -198,6 +209,31 @@ def test_requantized_folders_hold_the_merged_weights_in_the_same_format(tmp_path
     np.testing.assert_array_equal(layer.codes, expected.codes)
     np.testing.assert_array_equal(layer.absmax, expected.absmax)
     assert base_fingerprint(loaded) != base_fingerprint(model)
+
+
+def test_only_original_weights_keep_a_small_change_in_4_bits(tmp_path):
+    """A 4-bit weight lies on a code and is rounded back; others cross edges as often as is due."""
+    base = adapted_models.write_base(tmp_path / "llama2", "llama2")
+    source = open_checkpoint(base)
+    model = adapted_models.adapt(load_model(base, block_size=32)[0], scale=0.03)
+
+    def kept(original):
+        """The part of the change that is left: the slope of what was stored over what was due."""
+        merged = MergedCheckpoint(model, source, original=source if original else None)
+        due, stored = [], []
+        for name in source.names():
+            if "_proj" in name:
+                weight = jnp.asarray(source.read(name))
+                in_4_bits = dequantize(quantize(weight, block_size=32))
+                value = jnp.asarray(merged.read(name))
+                due.append((value - (weight if original else in_4_bits)).ravel())
+                again = dequantize(quantize(value, block_size=32))
+                stored.append((again - in_4_bits).ravel())
+        due, stored = np.concatenate(due), np.concatenate(stored)
+        return float(due @ stored / (due @ due))
+
+    assert abs(kept(original=True) - 1) < 0.25
+    assert kept(original=False) < 0.5
 
 
 def test_nothing_half_written_stays(tmp_path):
