@@ -73,13 +73,12 @@ def companion_files(source: Checkpoint, tokenizer: Tokenizer | None = None) -> d
     Returns:
       Contents by file name.
     """
-    own = read_tokenizer(source)
-    if source.style == "hf":
+    if source.style == "hf":  # which need not have a tokenizer, to be packed
         paths = [source.path / name for name in _COMPANIONS]
         files = {path.name: path.read_bytes() for path in paths if path.is_file()}
     else:
-        files = {name: text.encode() for name, text in own.to_files().items()}
-    if tokenizer is not None and tokenizer.chat_template != own.chat_template:
+        files = {name: text.encode() for name, text in read_tokenizer(source).to_files().items()}
+    if tokenizer is not None and tokenizer.chat_template != read_tokenizer(source).chat_template:
         files |= _chat_format(files, tokenizer)
     return files
 

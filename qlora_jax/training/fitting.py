@@ -108,8 +108,10 @@ def device_budget(config: config_dict.ConfigDict, memory_bytes: int | None) -> i
         config: `optimizer.device_budget_gb` is a limit of its own.
         memory_bytes: what the device has for programs, if that is known.
     """
-    limits = (memory_bytes, int(config.optimizer.device_budget_gb * 1e9))
-    return min((limit for limit in limits if limit), default=None)
+    limits = [] if memory_bytes is None else [memory_bytes]  # 0 is a limit, too
+    if config.optimizer.device_budget_gb:
+        limits.append(int(config.optimizer.device_budget_gb * 1e9))
+    return min(limits, default=None)
 
 
 def abstract_run(
