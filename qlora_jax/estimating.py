@@ -183,7 +183,7 @@ def _stored_per_token(config: config_dict.ConfigDict, shape: LlamaConfig, remat:
     if remat == "full":
         return 2 * hidden
     if remat in ("projections", "dots"):
-        projections = 2 * (2 * hidden + query + 2 * key + 2 * inner)
+        projections = 2 * (2 * hidden + query + 2 * key + (1 + shape.gated_mlp) * inner)
         return projections + (14 * rank if remat == "dots" else 0)
     # Everything: inputs of the seven linear layers in 16 bits, float32 values within two norms and
     # the activation, what attention needs, the adapters' low-rank products.

@@ -9,6 +9,7 @@ import pytest
 from family_models import CASES, golden_family
 from flax import nnx
 
+from qlora_jax.errors import ConfigError
 from qlora_jax.flax_nnx import apply_qlora, linear_paths
 from qlora_jax.generation import generate_ids
 from qlora_jax.models.llama import REMAT_POLICIES
@@ -184,6 +185,12 @@ def test_a_vocabulary_in_8_bits_stays_near(golden, case):
     model, ids, logits = golden(case)
     ours = forward(quantize_vocabulary(model), ids)
     assert 0 < np.abs(ours - logits).max() < 0.1
+
+
+def test_rows_longer_than_the_learned_positions_are_refused(golden):
+    model, _, _ = golden("opt")
+    with pytest.raises(ConfigError, match="rows of 65 tokens .* those of 64 tokens only"):
+        model(jnp.ones((1, 65), jnp.int32))
 
 
 def test_noise_on_scaled_embeddings_has_the_size_it_says(golden):

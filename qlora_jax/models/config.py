@@ -49,7 +49,7 @@ class LlamaConfig:
       sliding_window: a token sees itself and the `sliding_window - 1` before it; None: all before
         it.
       full_attention_layers: indices of the layers that ignore `sliding_window`.
-      hidden_act: the MLP's activation, a key of `llama.ACTIVATIONS`.
+      hidden_act: the MLP's activation, a key of `mlp.ACTIVATIONS`.
       gated_mlp: the MLP has a gate.
       norm: "rms"; "rms_plus_one", whose factor is 1 + scale; or "layer", LayerNorm with bias.
       post_norms: attention and MLP have a norm behind them as well.

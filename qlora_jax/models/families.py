@@ -160,7 +160,7 @@ def _refuse(family: str, values: Mapping[str, Any]) -> None:
 
 
 def activation(values: Mapping[str, Any]) -> str:
-    """The MLP's activation, by the name of `llama.ACTIVATIONS`."""
+    """The MLP's activation, by the name of `mlp.ACTIVATIONS`."""
     name = values.get("hidden_act", "silu")
     allowed = _FAMILY_ACTIVATIONS.get(values["model_type"], ("silu",))
     if (known := _ACTIVATIONS.get(name, name)) not in allowed:

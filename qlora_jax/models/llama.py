@@ -31,9 +31,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from qlora_jax.errors import ConfigError
 from qlora_jax.models.attention import Attention, KVCache, attention_mask
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.long_rows import layer_in_chunks
+from qlora_jax.models.mlp import MLP
 from qlora_jax.models.norm import make_norm
 from qlora_jax.models.rope import inverse_frequencies, rope_tables
 from qlora_jax.models.unscanned import split_layers
@@ -89,47 +91,6 @@ def _vocabulary_product_backward(residuals, g):
 
 
 vocabulary_product.defvjp(_vocabulary_product_forward, _vocabulary_product_backward)
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
-
-
-class MLP(nnx.Module):
-    """The gated MLP, `down(silu(gate(x)) * up(x))`, or without gate `down(act(up(x)))`."""
-
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
-        def linear(features_in: int, features_out: int) -> nnx.Linear:
-            return nnx.Linear(
-                features_in,
-                features_out,
-                use_bias=config.mlp_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
-        self.hidden_act = config.hidden_act
-        if config.gated_mlp:
-            self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        else:
-            self.gate_proj = None
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Applies the MLP to every token."""
-        activation, up = ACTIVATIONS[self.hidden_act], checkpoint_name(self.up_proj(x), "up_proj")
-        # In float32 and rounded once: 16-bit steps in between would cost more than they save.
-        if self.gate_proj is None:
-            return self.down_proj(activation(up.astype(jnp.float32)).astype(up.dtype))
-        gate = checkpoint_name(self.gate_proj(x), "gate_proj")
-        product = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        return self.down_proj(product.astype(gate.dtype))
 
 
 class DecoderLayer(nnx.Module):
@@ -284,6 +245,7 @@ class Llama(nnx.Module):
         exist.
         """
         if cache is None:
+            self._check_length(tokens.shape[1])
             x = self.embed(tokens, positions)
             return self.norm(self.layer_outputs(x, positions=positions, segment_ids=segment_ids))
         slots = cache.length + jnp.arange(tokens.shape[1])
@@ -321,6 +283,15 @@ class Llama(nnx.Module):
                 positions = jnp.arange(tokens.shape[1])[None]
             x = x + self.embed_positions(positions + self.config.position_offset)
         return x
+
+    def _check_length(self, length: int) -> None:
+        """There is no row for a learned position that was never trained."""
+        limit = self.config.max_position_embeddings
+        if self.config.position_offset is not None and length > limit:
+            raise ConfigError(
+                f"rows of {length} tokens are too long for this model: it has learned positions, "
+                f"and those of {limit} tokens only. Lower data.max_len."
+            )
 
     def head(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32 logits of final-normed hidden states."""
