@@ -30,7 +30,7 @@ from qlora_jax.models.t5_config import T5Config
 from qlora_jax.optim.paged import PAGE_BYTES
 from qlora_jax.placement import tree_bytes
 from qlora_jax.planning import CONTEXT_BYTES, AbstractRun, abstract_run
-from qlora_jax.report import measure
+from qlora_jax.report import dense_linears, measure
 from qlora_jax.targets import GpuTarget, find_target
 from qlora_jax.training.building import choose_compute_dtype, choose_remat
 from qlora_jax.training.fitting import device_budget
@@ -99,9 +99,11 @@ def estimate(config: config_dict.ConfigDict, device: str = "h100") -> Estimate:
         )
     remat = _remat(config, target)
     size = measure(run.state.lora, run.frozen)
+    left = dense_linears(run.frozen).nbytes
     parts = {
         "base": size.quantized_bytes,
-        "embeddings, norms, head": size.dense_bytes,
+        **({"linear layers not in 4 bits": left} if left else {}),
+        "embeddings, norms, head": size.dense_bytes - left,
         "adapters": size.trainable_bytes,
         "optimizer state": tree_bytes(run.state.opt_state),
         **_temporaries(config, run, remat, target),

@@ -1,7 +1,8 @@
 """Which linear layers a checkpoint has in 4 bits, and a model that has the same."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from flax import nnx
 
@@ -11,8 +12,8 @@ from qlora_jax.models.kinds import Model
 from qlora_jax.models.llama import Llama
 from qlora_jax.nnx_linear import MixedParam
 from qlora_jax.tree import join_path
-from qlora_jax.weights import Checkpoint, PackedFormat, StackedCheckpoint
-from qlora_jax.weights.names import find_slot
+from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint
+from qlora_jax.weights.names import find_slot, naming_of, tensor_name
 from qlora_jax.weights.packed import MixedFormat, all_kinds
 
 
@@ -45,6 +46,54 @@ def packed_linears(checkpoint: Checkpoint) -> dict[str, PackedFormat | MixedForm
         for path, layers in found.items()
         if (kinds := set(layers.values())) != {None}
     }
+
+
+def said_formats(config: Mapping[str, Any], model: Model) -> dict[str, PackedFormat | MixedFormat]:
+    """What `packed_linears` will find, from what a `config.json` says about bitsandbytes alone.
+
+    It does not say the block size, so this is taken to be bitsandbytes' own, 64.
+
+    Args:
+      config: the parsed JSON.
+      model: that it describes, abstract and without 4-bit layers.
+
+    Returns:
+      The formats by path; empty where nothing is said, and for T5, which has other exceptions.
+    """
+    said = config.get("quantization_config") or {}
+    said = said.get("bitsandbytes", said)  # in a folder of our own, what it was made from
+    if not said.get("load_in_4bit") or not isinstance(model, Llama):
+        return {}
+    quant_type = said.get("bnb_4bit_quant_type", "fp4")
+    kind = PackedFormat(quant_type, 64, bool(said.get("bnb_4bit_use_double_quant")))
+    skip, found = said.get("llm_int8_skip_modules") or ["lm_head"], {}
+    naming = naming_of(config.get("model_type"), "hf")
+    for path, linear in nnx.iter_graph(model):
+        if not isinstance(linear, nnx.Linear):
+            continue
+        stacked, slot = linear.kernel.ndim == 3, Slot(join_path(path) + "/kernel", None)
+        layers = range(linear.kernel.shape[0]) if stacked else [None]
+        names = [tensor_name(slot._replace(layer=layer), naming) for layer in layers]
+        kinds = [None if is_skipped(name.removesuffix(".weight"), skip) else kind for name in names]
+        if any(kinds):
+            found[join_path(path)] = kind if all(kinds) else MixedFormat(tuple(kinds))
+    return found
+
+
+def is_skipped(module: str, skip: Iterable[str]) -> bool:
+    """Whether transformers leaves a module out of the quantization (its should_convert_module).
+
+    Args:
+      module: its name, "model.layers.1.mlp.down_proj".
+      skip: `llm_int8_skip_modules`: names from the start or of the end, or regular expressions.
+
+    >>> is_skipped("model.layers.1.mlp.up_proj", ["model.layers.1.mlp"])
+    True
+    >>> is_skipped("model.layers.11.mlp.up_proj", ["model.layers.1"])
+    False
+    """
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(f"(?:{key}){boundary}", module) or module.endswith(key) for key in skip)
 
 
 def formats_of_layer(

@@ -25,7 +25,7 @@ from qlora_jax.lora import is_quantized
 from qlora_jax.memory_limits import CONTEXT_BYTES
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.placement import bytes_by_memory, tree_bytes
-from qlora_jax.report import ModelSize, measure
+from qlora_jax.report import ModelSize, dense_linears, measure
 from qlora_jax.targets import GpuTarget, compile_for, find_target
 from qlora_jax.training import fitting
 from qlora_jax.training.building import choose_remat
@@ -155,10 +155,12 @@ def compile_run(
 def _plan(config: config_dict.ConfigDict, fit: fitting.Fit, target: GpuTarget, budget: int) -> Plan:
     run = abstract_run(config, target)
     size = measure(run.state.lora, run.frozen)
+    left = dense_linears(run.frozen).nbytes
     moments = bytes_by_memory(fit.state.opt_state)
     parts = {
         "base": size.quantized_bytes,
-        "embeddings, norms, head": size.dense_bytes,
+        **({"linear layers not in 4 bits": left} if left else {}),
+        "embeddings, norms, head": size.dense_bytes - left,
         "adapters": size.trainable_bytes,
         "optimizer state": moments["device"],
         "temporaries": fit.compiled.memory_analysis().temp_size_in_bytes,
@@ -201,6 +203,7 @@ def _work(
     attention = ((passes - 1) * 2 + 5) * 2 * rows * count.attention
     # A weight is read in 4 bits, written in 16 and read again.
     decoded = passes * (size.quantized_bytes + 4 * size.quantized)
+    decoded += passes * dense_linears(run.frozen).nbytes
     moments = 2 * (tree_bytes(run.state.opt_state) + 2 * size.trainable_bytes)
     return int(microsteps * (linear + attention)), microsteps * decoded + moments
 
@@ -222,7 +225,8 @@ def _count_products(run: AbstractRun, size: ModelSize) -> _Products:
         head = shape.vocab_size * shape.hidden_size
         # The causal mask leaves half of the places.
         attention = length**2 * width / 2
-        return _Products(length * size.quantized, length * size.trainable, head, attention)
+        frozen = length * (size.quantized + dense_linears(run.frozen).parameters)
+        return _Products(frozen, length * size.trainable, head, attention)
     source, width = run.batch["source_tokens"].shape[-1], shape.num_heads * shape.d_kv
 
     def meet(path: tuple[Any, ...], weights: int) -> int:

@@ -10,25 +10,35 @@ import llama_models
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny_run
+from cuda_wheels import needs_cuda_wheels
 from flax import nnx
 from synthetic_checkpoint import CONFIG, write_checkpoint, write_tokenizer
 from test_packed_checkpoint import assert_same_model, change, mix
 
+from qlora_jax import config as config_lib
+from qlora_jax import planning, training
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import WeightsError
+from qlora_jax.estimating import estimate
 from qlora_jax.export import _packed
 from qlora_jax.flax_nnx import apply_qlora, merge_model
+from qlora_jax.layer_formats import packed_linears, quantize_as, said_formats
 from qlora_jax.loading import base_fingerprint, load_model
 from qlora_jax.merged_files import write_4bit_folder
 from qlora_jax.merging import MergedCheckpoint
 from qlora_jax.mixed import MixedStack, take_layer
+from qlora_jax.models.kinds import abstract_model, read_shape
 from qlora_jax.nnx_linear import MixedParam, QuantizedParam
 from qlora_jax.packed_checkpoint import quantize_checkpoint
 from qlora_jax.quantized import QuantizedTensor
 from qlora_jax.streaming import StreamedModel
+from qlora_jax.training import fitting
 from qlora_jax.weights import open_checkpoint
+from qlora_jax.weights.packed import MixedFormat, PackedFormat
 
 GOLDEN = llama_models.GOLDEN / "bnb_dynamic"
+SLOW = pytest.mark.slow
 TOKENS = jnp.array([[1, 5, 9, 33, 2, 60, 17, 8]])  # of golden/make_bitsandbytes_folders.py
 
 
@@ -117,12 +127,12 @@ def test_a_cache_changes_nothing(model):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(remat="none"),
         dict(remat="projections"),
         dict(remat="full", sequence_chunk=3),
-        pytest.param(dict(remat="dots"), marks=pytest.mark.slow),
-        pytest.param(dict(remat="full"), marks=pytest.mark.slow),
-        pytest.param(dict(remat="none", use_dora=True), marks=pytest.mark.slow),
+        pytest.param(dict(remat="none"), marks=SLOW),
+        pytest.param(dict(remat="dots"), marks=SLOW),
+        pytest.param(dict(remat="full"), marks=SLOW),
+        pytest.param(dict(remat="none", use_dora=True), marks=SLOW),
     ],
 )
 def test_gradients_are_those_of_the_dense_model(model, expected, options):
@@ -154,7 +164,9 @@ def has_equations(parameter):
     return hasattr(getattr(parameter, "jaxpr", parameter), "eqns")
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "projections", "dots"])
+@pytest.mark.parametrize(
+    "remat", ["none", "projections", *(pytest.param(r, marks=SLOW) for r in ("full", "dots"))]
+)
 def test_no_slice_of_a_kernel_is_stored_for_the_backward_pass(model, remat):
     """No array in the program has, for each layer, a dense kernel or the codes of one."""
     model = nnx.clone(model)
@@ -260,3 +272,60 @@ def test_export_merges_and_streams_each_layer_in_its_format(model, golden, tmp_p
     batch = {"tokens": TOKENS, "positions": jnp.arange(8)[None], "segment_ids": ones}
     (hidden,) = streamed.hidden_states([batch])
     np.testing.assert_allclose(hidden, model.hidden_states(TOKENS), atol=1e-5)
+
+
+def test_a_t5_with_layers_in_two_formats_is_refused():
+    model = abstract_model(read_shape({"model_type": "mt5"}))
+    packed = {"encoder/layers/mlp/wo": MixedFormat((PackedFormat("nf4", 64, True), None))}
+    with pytest.raises(WeightsError, match=r"of encoder/layers/mlp/wo differ: nf4 .* 16-bit model"):
+        quantize_as(model, packed)
+
+
+@pytest.mark.parametrize("name", ["bnb_dynamic", "bnb_nf4", "bnb_fp4"])
+def test_config_json_alone_says_what_the_file_has(name):
+    folder = llama_models.GOLDEN / name
+    config = json.loads((folder / "config.json").read_text())
+    model = abstract_model(read_shape(config))
+    assert said_formats(config, model) == packed_linears(open_checkpoint(folder))
+
+
+@pytest.fixture
+def planned(golden, tmp_path):
+    """A configuration of which nothing but config.json exists."""
+    shutil.copy(golden / "config.json", tmp_path)
+    config = config_lib.get_config()
+    config.model.path, config.model.compute_dtype = str(tmp_path), "bfloat16"
+    config.data.path, config.data.max_len, config.lora.rank = "not looked at", 64, 4
+    return config
+
+
+def test_a_plan_has_the_arrays_of_the_run(planned, golden):
+    run = fitting.abstract_run(planned, jax.devices()[0])
+    loaded, _ = load_model(golden, dtype=jnp.bfloat16)
+    _, lora, frozen = nnx.split(with_adapter(loaded), nnx.LoRAParam, ...)
+    found, expected = (nnx.state(run.frozen, QuantizedParam), nnx.state(frozen, QuantizedParam))
+    same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, found, expected)
+    assert jax.tree.leaves(same) and all(jax.tree.leaves(same))
+    assert estimate(planned, "rtx4090").parts["linear layers not in 4 bits"] == 2 * 36864
+
+
+@pytest.mark.slow
+@needs_cuda_wheels
+def test_it_compiles_for_a_gpu(planned):
+    plan = planning.plan(planned, "rtx4090", suggest=False)
+    assert plan.verdict == "fits" and plan.parts["linear layers not in 4 bits"] == 2 * 36864
+
+
+@pytest.mark.slow
+def test_a_run_on_it_goes_on_with_a_packed_copy(tmp_path):
+    folder = tiny_run.write_model(tmp_path / "model")
+    options = dict(format="bitsandbytes", block_size=32)
+    nf4 = quantize_checkpoint(folder, tmp_path / "nf4", **options)
+    no4 = quantize_checkpoint(folder, tmp_path / "no4", where="layers/self_attn/.*", **options)
+    mixed = mix(nf4, no4, lambda name: "layers.1.mlp" in name, tmp_path / "mixed")
+    config = tiny_run.tiny_config(mixed, tiny_run.write_data(tmp_path / "data.jsonl"))
+    for path, steps in ((mixed, 2), (quantize_checkpoint(mixed, tmp_path / "ours"), 4)):
+        config.model.path, config.train.steps = str(path), steps
+        report, text = tiny_run.quiet_report()
+        assert training.train(config, tmp_path / "run", report=report).steps == steps
+        assert "4,608 of 3 linear layers" in text.getvalue()

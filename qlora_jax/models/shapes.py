@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax import errors
@@ -202,9 +203,15 @@ def model_shape(spec: str) -> Shape | None:
     >>> model_shape("huggyllama/llama-65b").num_hidden_layers
     80
     """
+    values = model_config(spec)
+    return None if values is None else read_shape(values)
+
+
+def model_config(spec: str) -> Mapping[str, Any] | None:
+    """The `config.json` that `model_shape` reads; arguments and errors are the same."""
     names = {name.lower(): name for name in SHAPES}
     if spec.lower() in names:
-        return read_shape(SHAPES[names[spec.lower()]])
+        return SHAPES[names[spec.lower()]]
     try:
         path = resolve_path(spec, kind="config")
     except errors.UserError as error:
@@ -218,7 +225,7 @@ def model_shape(spec: str) -> Shape | None:
         path /= "config.json"
     if path.suffix != ".json":
         return None
-    return read_shape(_read(path))
+    return _read(path)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

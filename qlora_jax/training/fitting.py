@@ -21,9 +21,10 @@ from ml_collections import config_dict
 
 from qlora_jax import config as config_lib
 from qlora_jax.files import resolve_path
+from qlora_jax.layer_formats import quantize_as, said_formats
 from qlora_jax.loading import read_config
-from qlora_jax.models.kinds import Shape, abstract_model
-from qlora_jax.models.shapes import model_shape
+from qlora_jax.models.kinds import Shape, abstract_model, read_shape
+from qlora_jax.models.shapes import model_config
 from qlora_jax.placement import bytes_by_memory, eval_placed
 from qlora_jax.targets import peak_bytes
 from qlora_jax.training.building import (
@@ -130,11 +131,17 @@ def abstract_run(
     """
     config_lib.validate(config)
     spec = config.model.path
-    shape = model_shape(spec) or read_config(open_checkpoint(resolve_path(spec, kind="model")))
+    said = model_config(spec)
+    if said is None:
+        shape = read_config(open_checkpoint(resolve_path(spec, kind="model")))
+    else:
+        shape = read_shape(said)
     dtype, _ = choose_compute_dtype(config.model.compute_dtype, device)
     options = model_options(config, device)
     model = abstract_model(shape, dtype=dtype, param_dtype=dtype, **options)
-    graphdef, lora, frozen = split_model(adapt_model(model, config))
+    if packed := said_formats(said or {}, model):
+        model = quantize_as(model, packed)
+    graphdef, lora, frozen = split_model(adapt_model(model, config, quantize=not packed))
     tx, _ = build_optimizer(config, config.train.steps or 2**20, state_budget)
     state = eval_placed(lambda lora: init_state(lora, tx, config.seed), lora)
     family = family_of(shape, config)
