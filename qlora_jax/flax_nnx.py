@@ -26,14 +26,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from pallas_kernels.formats import check_format
 from qlora_jax.errors import ConfigError, WeightsError
-from qlora_jax.lora import MergeError, is_quantized, merge_weight
-from qlora_jax.mixed import MixedStack, map_layers
+from qlora_jax.lora import MergeError, merge_weight
+from qlora_jax.mixed import MixedStack, dense_stack
 from qlora_jax.nnx_linear import QLoRALinear, QuantizedParam
-from qlora_jax.quantized import QuantizedTensor, dequantize
+from qlora_jax.quantized import QuantizedTensor
 from qlora_jax.tree import join_path, matches
 
 # Last names of output heads, which "all-linear" leaves alone, as QLoRA and PEFT do. A module in a
@@ -228,15 +228,10 @@ def merge_model(
     for path, linear in linears.items():
         kernel = linear.matrix_kernel
         if linear.rank:
-            kernel, report[join_path(path)] = merge_weight(
-                kernel,
-                linear.adapter,
-                alpha=linear.alpha,
-                use_rslora=linear.use_rslora,
-                requantize=requantize,
-            )
+            options = dict(alpha=linear.alpha, use_rslora=linear.use_rslora, requantize=requantize)
+            kernel, report[join_path(path)] = merge_weight(kernel, linear.adapter, **options)
         elif isinstance(kernel, QuantizedTensor | MixedStack) and not requantize:
-            kernel = map_layers(_dense_kernel, linear.leading_shape, kernel)
+            kernel = dense_stack(kernel)
         replacements[id(linear)] = linear.with_kernel(kernel)
     return substitute(model, replacements, {}), report
 
@@ -363,10 +358,6 @@ def substitute(node: Any, replacements: dict[int, Any], done: dict[int, Any]) ->
     if all(new is old for new, old in zip(new_children, children, strict=True)):
         return node
     return treedef.unflatten(new_children)
-
-
-def _dense_kernel(kernel: QuantizedTensor | Float[Array, "K N"]) -> Float[Array, "K N"]:
-    return dequantize(kernel, kernel.dtype).T if is_quantized(kernel) else kernel
 
 
 def _quantize_kernels(linears: dict[str, QLoRALinear], **options: Any) -> None:

@@ -157,6 +157,21 @@ def dense_layer(kernel: MixedStack, dtype: DTypeLike) -> Float[Array, "N K"]:
     return _switch(dense, kernel)
 
 
+def dense_stack(kernel: QuantizedTensor | MixedStack) -> Float[Array, "*L K N"]:
+    """All layers as one dense Flax kernel, in the dtype that they had before.
+
+    Example:
+        >>> stack = MixedStack((jnp.zeros((1, 4, 2)), jnp.ones((2, 4, 2))), None, ((1,), (0, 2)))
+        >>> dense_stack(stack)[:, 0, 0].tolist()
+        [1.0, 0.0, 1.0]
+    """
+
+    def dense(part: Part) -> Array:
+        return dequantize(part, part.dtype).T if isinstance(part, QuantizedTensor) else part
+
+    return map_layers(dense, kernel.leading_shape, kernel)
+
+
 def _switch(function: Callable[..., Array], kernel: MixedStack, *args: Array) -> Array:
     """`function` of the part's slice that is the layer, and `args`."""
     numbers, entries = np.zeros((2, sum(map(len, kernel.places))), np.int32)
