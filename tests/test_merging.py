@@ -5,6 +5,7 @@ import json
 import adapted_models
 import jax
 import jax.numpy as jnp
+import llama_models
 import ml_dtypes
 import numpy as np
 import pytest
@@ -234,6 +235,19 @@ def test_only_original_weights_keep_a_small_change_in_4_bits(tmp_path):
 
     assert abs(kept(original=True) - 1) < 0.25
     assert kept(original=False) < 0.5
+
+
+def test_golden_logits_of_transformers(tmp_path):
+    """golden/round_trip_export.py exported the same model, and transformers loaded that folder."""
+    golden = json.loads((llama_models.GOLDEN / "export.json").read_text())
+    for case, told in golden["tiny"].items():
+        model, base = adapted_models.adapted(tmp_path, case)
+        merged = MergedCheckpoint(model, open_checkpoint(base), dtype=jnp.bfloat16)
+        out = tmp_path / f"{case}-merged"
+        write_hf_folder(merged, out, Tokenizer.from_file(base))
+        loaded, _ = load_model(out, quant_type=None)
+        logits = np.asarray(loaded(np.array([told["ids"]])))[0]
+        np.testing.assert_allclose(logits, told["logits"], atol=1e-3)
 
 
 def test_nothing_half_written_stays(tmp_path):
