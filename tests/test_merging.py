@@ -15,7 +15,7 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.export import _packed
 from qlora_jax.flax_nnx import merge_model, without_adapters
-from qlora_jax.loading import base_fingerprint, load_model
+from qlora_jax.loading import base_fingerprint, load_model, read_tokenizer
 from qlora_jax.merged_files import whole_or_nothing, write_4bit_folder, write_hf_folder
 from qlora_jax.merging import MergedCheckpoint
 from qlora_jax.quantized import QuantizedTensor, dequantize, quantize
@@ -248,6 +248,24 @@ def test_golden_logits_of_transformers(tmp_path):
         loaded, _ = load_model(out, quant_type=None)
         logits = np.asarray(loaded(np.array([told["ids"]])))[0]
         np.testing.assert_allclose(logits, told["logits"], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_golden_loss_of_smollm2(tmp_path):
+    """A whole model out of GGUF: tokenizer, shards and logits, as transformers has them."""
+    golden = json.loads((llama_models.GOLDEN / "export.json").read_text())
+    text = json.loads((llama_models.GOLDEN / "loading.json").read_text())
+    source = open_checkpoint(llama_models.smollm2_path())
+    model = adapted_models.adapt(load_model(source.path)[0], scale=0.01)
+    merged = MergedCheckpoint(model, source, dtype=jnp.bfloat16)
+    write_hf_folder(merged, tmp_path / "out", read_tokenizer(source), file_bytes=200_000_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+    loaded, tokenizer = load_model(tmp_path / "out", quant_type=None)
+    assert tokenizer.encode(text["text"]) == text["ids"]
+    ids = jnp.array([text["ids"]])
+    log_probs = jax.nn.log_softmax(loaded(ids)[0, :-1])
+    loss = -jnp.take_along_axis(log_probs, ids[0, 1:, None], axis=1).mean()
+    np.testing.assert_allclose(loss, golden["smollm2_loss"], atol=1e-3)
 
 
 def test_nothing_half_written_stays(tmp_path):

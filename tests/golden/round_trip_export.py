@@ -97,6 +97,7 @@ def logits(folder: pathlib.Path, ids: list[int]) -> np.ndarray:
     for name, module in list(model.named_modules()):
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight, state = module.weight.data, module.weight.quant_state
+            state.dtype = torch.float32  # else it rounds what it decodes to bfloat16
             dense = torch.nn.Linear(module.in_features, module.out_features, bias=False)
             decoded = bitsandbytes.functional.dequantize_4bit(weight, state)
             dense.weight.data = decoded.float().clone()
