@@ -117,6 +117,31 @@ def dense_linears(frozen: PyTree) -> DenseLinears:
     return DenseLinears(*map(sum, zip(*sizes, strict=True))) if sizes else DenseLinears(0, 0, 0)
 
 
+def describe_frozen(size: ModelSize, frozen: PyTree, quant_type: str) -> str:
+    """The frozen part of a model in a line: how much of it has how many bits.
+
+    Args:
+        size: from `measure`.
+        frozen: the tree that was measured.
+        quant_type: of what was quantized.
+    """
+    bits = 8 * size.quantized_bytes / max(size.quantized, 1)
+    dense_bits = 8 * size.dense_bytes / max(size.dense, 1)
+    linears = dense_linears(frozen)
+    line = (
+        f"{format_count(size.frozen)} parameters in {format_bytes(size.frozen_bytes)}, "
+        f"{size.bits_per_frozen:.2f} bits each: {format_count(size.quantized)} in {quant_type} at "
+        f"{bits:.3f} bits, "
+    )
+    if linears.layers:
+        line += (
+            f"{format_count(linears.parameters)} of {linears.layers} linear layers "
+            f"({format_bytes(linears.nbytes)}) and "
+        )
+    rest = format_count(size.dense - linears.parameters)
+    return f"{line}{rest} embeddings and norms at {dense_bits:.0f}"
+
+
 def format_bytes(count: float) -> str:
     """Bytes for a reader.
 

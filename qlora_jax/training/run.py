@@ -23,14 +23,12 @@ from qlora_jax import config as config_lib
 from qlora_jax import hub
 from qlora_jax.checkpoint import Checkpointer
 from qlora_jax.data.batches import BatchIterator, eval_batches, row_lengths
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import CheckpointError, TrainingError
+from qlora_jax.errors import TrainingError
 from qlora_jax.generation import generate
 from qlora_jax.metrics import MetricsWriter, plot_loss
 from qlora_jax.neftune import add_embedding_noise
-from qlora_jax.placement import eval_placed, place_abstract, tree_bytes
-from qlora_jax.report import Report, dense_linears, format_bytes, format_count, measure
-from qlora_jax.subtraction import SUBTRACTED_FILE, read_subtracted, set_subtracted
+from qlora_jax.placement import tree_bytes
+from qlora_jax.report import Report, describe_frozen, format_bytes, format_count, measure
 from qlora_jax.training.building import (
     build_model,
     build_optimizer,
@@ -124,47 +122,6 @@ def train(
         raise TrainingError(explain_os_error(error, directory.path)) from error
 
 
-def load_trained(
-    workdir: str | os.PathLike, step: int | None = None
-) -> tuple[nnx.Module, Tokenizer]:
-    """The model of a run: its base, and the adapter of a checkpoint, ready to generate.
-
-    Args:
-        workdir: of a run.
-        step: which checkpoint; None takes the newest.
-
-    Returns:
-        The model in evaluation mode, and its tokenizer.
-
-    Raises:
-        CheckpointError: there is no such run or checkpoint.
-        TrainingError: the base is not the one the adapter was trained on.
-
-    >>> model, tokenizer = load_trained("runs/quickstart")  # doctest: +SKIP
-    """
-    path = pathlib.Path(workdir).expanduser()
-    if not (path / "config.json").exists():
-        raise CheckpointError(f"{path} holds no run (no config.json); give the --workdir of one")
-    config = config_lib.load_config(path / "config.json")
-    checkpointer = Checkpointer(path / "checkpoints", keep=config.checkpoint.keep)
-    step = checkpointer.latest_step() if step is None else step
-    if step is None:
-        raise CheckpointError(f"{path} holds no checkpoint yet; train it first, or wait for one")
-    dtype, _ = choose_compute_dtype(config.model.compute_dtype, jax.devices()[0])
-    model, tokenizer, fingerprint = build_model(config, dtype=dtype, workdir=path, again=True)
-    graphdef, lora, frozen = split_model(model)
-    # The moments are not needed: they stay in the host's memory.
-    tx, _ = build_optimizer(config, total_steps=2**31, state_budget=0)
-    like = eval_placed(lambda lora: init_state(lora, tx, config.seed), lora)
-    state, metadata = checkpointer.restore(step, place_abstract(like, jax.devices()[0]))
-    Workdir(path).check_same(config.model.path, metadata["base_fingerprint"], fingerprint)
-    model = nnx.merge(graphdef, state.lora, frozen)
-    if (path / SUBTRACTED_FILE).exists():  # for export: the base is not the original one
-        set_subtracted(model, read_subtracted(path / SUBTRACTED_FILE))
-    model.eval()
-    return model, tokenizer
-
-
 def _finished_result(directory: Workdir, config: config_dict.ConfigDict) -> TrainResult | None:
     """The result of a run that has come to the end which the configuration asks for."""
     result, before = directory.read_json("result.json"), directory.read_json("config.json")
@@ -250,24 +207,10 @@ class _Run:
         device, train = jax.devices()[0], config.train
         rows = train.batch_size * train.grad_accum
         epochs = self.steps * rows / self.batches.rows_per_epoch
-        quantized_bits = 8 * size.quantized_bytes / max(size.quantized, 1)
-        dense_bits = 8 * size.dense_bytes / max(size.dense, 1)
-        linears = dense_linears(self.frozen)
-        left = (
-            f"{format_count(linears.parameters)} of {linears.layers} linear layers "
-            f"({format_bytes(linears.nbytes)}) and "
-        )
         facts = [
             ("model", hub.describe(config.model.path, "model")),
             ("fingerprint", self.fingerprint),
-            (
-                "frozen",
-                f"{format_count(size.frozen)} parameters in {format_bytes(size.frozen_bytes)}, "
-                f"{size.bits_per_frozen:.2f} bits each: {format_count(size.quantized)} in "
-                f"{config.model.quant_type} at {quantized_bits:.3f} bits, "
-                f"{left if linears.layers else ''}{format_count(size.dense - linears.parameters)} "
-                f"embeddings and norms at {dense_bits:.0f}",
-            ),
+            ("frozen", describe_frozen(size, self.frozen, config.model.quant_type)),
             (
                 "trainable",
                 f"{format_count(size.trainable)} parameters in {format_bytes(size.trainable_bytes)}"
