@@ -144,6 +144,7 @@ def test_state_makes_room_for_longer_rows_and_comes_back(config, tmp_path):
     """Short and long rows in turn: what is a spike to the paper's authors."""
     config.data.packing, config.data.group_by_length, config.data.max_len = False, True, 64
     config.train.steps, config.train.batch_size, config.train.grad_accum = 6, 1, 1
+    config.data.path = str(tmp_path / "short_and_long.jsonl")
     with open(config.data.path, "w") as file:
         for length in [2, 20] * 12:
             question = "what is the sum of " + "one and " * length + "two"
