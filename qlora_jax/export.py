@@ -167,7 +167,10 @@ def export_merged(
         step("measuring the base and the adapted model")
         base = predict_in_memory(without_adapters(model), batches)
         adapted = predict_in_memory(model, batches)
-        rows = {"base, not adapted": compare(adapted, base), "adapted": compare(adapted, adapted)}
+        # With PiSSA and the like a part of the base is in the adapter.
+        is_whole = config.lora.init == "default"
+        bare = "base, not adapted" if is_whole else f"without the adapter ({config.lora.init})"
+        rows = {bare: compare(adapted, base), "adapted": compare(adapted, adapted)}
         del base
 
         step(f"writing {out}")

@@ -8,7 +8,7 @@ from ml_collections import config_dict
 
 from qlora_jax import config as base
 from qlora_jax import config_rules, errors
-from qlora_jax.models import llama
+from qlora_jax.models import remat
 
 RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -170,7 +170,7 @@ def test_a_named_set_needs_no_path(config):
 
 def test_remat_names_are_those_of_the_model():
     accepted = re.findall(r"\w+", config_rules._RULES["model.remat"].needs.removeprefix("one of "))
-    assert set(accepted) == {"auto", "none", *llama.REMAT_POLICIES}
+    assert set(accepted) == {"auto", "none", *remat.REMAT_POLICIES}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from flax import nnx
 from qlora_jax.errors import ConfigError
 from qlora_jax.flax_nnx import apply_qlora, linear_paths
 from qlora_jax.generation import generate_ids
-from qlora_jax.models.llama import REMAT_POLICIES
+from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.neftune import add_embedding_noise
 from qlora_jax.vocabulary import quantize_vocabulary
 

@@ -18,7 +18,8 @@ from qlora_jax.models.attention import (
     grouped_attention,
     implementation,
 )
-from qlora_jax.models.llama import REMAT_POLICIES, Llama
+from qlora_jax.models.llama import Llama
+from qlora_jax.models.remat import REMAT_POLICIES
 
 TOLERANCE = 2e-4
 

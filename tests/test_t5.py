@@ -17,8 +17,8 @@ from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.flax_nnx import apply_qlora, linear_paths
 from qlora_jax.loading import base_fingerprint, load_model
 from qlora_jax.models.kinds import abstract_model, read_shape
-from qlora_jax.models.llama import REMAT_POLICIES
 from qlora_jax.models.relative_attention import RelativePositionBias
+from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.models.shapes import SHAPES, model_shape
 from qlora_jax.models.t5 import T5
 from qlora_jax.models.t5_config import T5Config

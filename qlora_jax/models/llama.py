@@ -23,8 +23,6 @@ Paths mirror Hugging Face's names: `layers.self_attn.q_proj.kernel` is
 `model.layers.{0..L-1}.self_attn.q_proj.weight`, transposed and stacked.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -37,29 +35,9 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.long_rows import layer_in_chunks
 from qlora_jax.models.mlp import MLP
 from qlora_jax.models.norm import make_norm
+from qlora_jax.models.remat import check_remat, rematerialize
 from qlora_jax.models.rope import inverse_frequencies, rope_tables
 from qlora_jax.models.unscanned import split_layers
-
-# What the backward pass finds stored, beside the input of every layer. The rest it computes again.
-REMAT_POLICIES: dict[str, Callable | None] = {
-    # Nothing: the least memory, one more forward pass.
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # Nothing on the device: the inputs of the layers go to pinned memory of the host and come back.
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["layer_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    # The outputs of the linear layers whose value the backward pass needs: norms, rotation, softmax
-    # and activation are computed again, no weight is multiplied (or dequantized) a second time. But
-    # with DoRA: the gradient of its magnitudes asks for the outputs before they were scaled.
-    "projections": jax.checkpoint_policies.save_only_these_names(
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "adapted_norm"
-    ),
-    # The outputs of all matrix products without a batch axis, adapters' included.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @jax.custom_vjp
@@ -144,7 +122,7 @@ class Llama(nnx.Module):
         logits are in float32 whatever it is.
       param_dtype: dtype of the initial weights.
       remat: what is stored for the backward pass: "none" (everything; no recomputation) or a key of
-        `REMAT_POLICIES`.
+        `remat.REMAT_POLICIES`.
       sequence_chunk: 0, or the number of tokens that long rows are computed for at a time; see
         `long_rows`. Nothing inside a layer is then stored: "projections" and "dots" mean "full".
 
@@ -167,8 +145,7 @@ class Llama(nnx.Module):
         remat: str = "full",
         sequence_chunk: int = 0,
     ):
-        if remat != "none" and remat not in REMAT_POLICIES:
-            raise ValueError(f"{remat=} must be 'none' or one of {sorted(REMAT_POLICIES)}")
+        check_remat(remat)
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         self.sequence_chunk = sequence_chunk
         self.embed_tokens = nnx.Embed(
@@ -346,10 +323,9 @@ class Llama(nnx.Module):
                 return (layer_in_chunks(graphdef, state, *layer_args), None), None
             return nnx.merge(graphdef, state)(x, rope, seen, window, cache, layer), None
 
-        if cache is None and self.remat != "none":
-            # Inside a scan the compiler cannot merge recomputation and forward pass anyway.
-            remat = "full" if in_chunks and self.remat != "offload" else self.remat
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        if cache is None:
+            recomputes_all = in_chunks and self.remat not in ("none", "offload")
+            body = rematerialize(body, "full" if recomputes_all else self.remat)
         (x, cache), _ = jax.lax.scan(body, (x, cache), (state, indices, is_full))
         return x, cache
 

@@ -1,5 +1,6 @@
 """The part of a layer that treats every token alone."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -22,16 +23,9 @@ class MLP(nnx.Module):
     """The gated MLP, `down(silu(gate(x)) * up(x))`, or without gate `down(act(up(x)))`."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
-        def linear(features_in: int, features_out: int) -> nnx.Linear:
-            return nnx.Linear(
-                features_in,
-                features_out,
-                use_bias=config.mlp_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
+        linear = functools.partial(
+            nnx.Linear, use_bias=config.mlp_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.hidden_act = config.hidden_act
         if config.gated_mlp:
             self.gate_proj = linear(config.hidden_size, config.intermediate_size)

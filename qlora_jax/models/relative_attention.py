@@ -8,6 +8,8 @@ buckets for both directions, a decoder for what lies behind only. Because only d
 may begin anywhere and hold several sequences, and there is no longest sequence.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,16 +94,9 @@ class T5Attention(nnx.Module):
     """The four projections; keys and values may come from elsewhere than the queries."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype, param_dtype):
-        def linear(features_in: int, features_out: int) -> nnx.Linear:
-            return nnx.Linear(
-                features_in,
-                features_out,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
+        linear = functools.partial(
+            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         inner = config.num_heads * config.d_kv
         self.num_heads = config.num_heads
         self.q = linear(config.d_model, inner)

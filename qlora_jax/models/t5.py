@@ -25,9 +25,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.models.attention import EMPTY_SLOT, KVCache, attention_mask
-from qlora_jax.models.llama import REMAT_POLICIES, vocabulary_product
+from qlora_jax.models.llama import vocabulary_product
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.relative_attention import RelativePositionBias
+from qlora_jax.models.remat import check_remat, rematerialize
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layer import T5Layer, residual_dtype
 
@@ -100,8 +101,7 @@ class T5(nnx.Module):
         remat: str = "full",
         sequence_chunk: int = 0,
     ):
-        if remat != "none" and remat not in REMAT_POLICIES:
-            raise ValueError(f"{remat=} must be 'none' or one of {sorted(REMAT_POLICIES)}")
+        check_remat(remat)
         if sequence_chunk:
             raise ConfigError(
                 f"sequence_chunk={sequence_chunk} is for decoder-only models; a T5 needs 0."
@@ -169,7 +169,7 @@ class T5(nnx.Module):
             x = checkpoint_name(x, "layer_input")
             return nnx.merge(graphdef, state)(x, bias, mask)[0], None
 
-        x, _ = jax.lax.scan(self._checkpoint(body), self._embed(source), state)
+        x, _ = jax.lax.scan(rematerialize(body, self.remat), self._embed(source), state)
         return self.encoder.final_layer_norm(x).astype(self.dtype)
 
     def decode(
@@ -195,7 +195,7 @@ class T5(nnx.Module):
             cross = layer.cross_attn.keys_and_values(encoded), cross_mask
             return layer(x, bias, mask, cross)[0], None
 
-        x, _ = jax.lax.scan(self._checkpoint(body), self._embed(tokens), state)
+        x, _ = jax.lax.scan(rematerialize(body, self.remat), self._embed(tokens), state)
         return self.decoder.final_layer_norm(x).astype(self.dtype)
 
     def decode_cached(
@@ -269,11 +269,6 @@ class T5(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.shared(tokens).astype(residual_dtype(self.dtype))
-
-    def _checkpoint(self, body):
-        if self.remat == "none":
-            return body
-        return jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
 
 def _same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:

@@ -16,7 +16,7 @@ _MLPS = {
     "relu": ("relu", False),
     "gelu": ("gelu", False),
     "gated-relu": ("relu", True),
-    "gated-gelu": ("gelu_tanh", True),
+    "gated-gelu": ("gelu_pytorch_tanh", True),
     "gated-silu": ("silu", True),
 }
 _MT5 = {
@@ -43,7 +43,7 @@ class T5Config:
       relative_attention_num_buckets: rows of the table of the position bias.
       relative_attention_max_distance: from this distance on all share a bucket.
       layer_norm_epsilon: added to the mean square in every norm.
-      activation: of the MLP: relu, gelu, gelu_tanh or silu.
+      activation: of the MLP: a key of `mlp.ACTIVATIONS`.
       is_gated_act: whether the MLP has a second product that gates the first.
       tie_word_embeddings: the output head is the embedding.
       scale_decoder_outputs: the head's input is divided by sqrt(d_model), as T5 1.0 does.
@@ -61,7 +61,7 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    activation: str = "gelu_tanh"
+    activation: str = "gelu_pytorch_tanh"
     is_gated_act: bool = True
     tie_word_embeddings: bool = False
     scale_decoder_outputs: bool = False

@@ -6,23 +6,19 @@ residual stream float32, and what a 16-bit layer adds to it is clamped. bfloat16
 trained, has the range.
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.models.attention import KVCache
+from qlora_jax.models.mlp import ACTIVATIONS
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.relative_attention import T5Attention, biased_attention
 from qlora_jax.models.t5_config import T5Config
 
-_ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "silu": jax.nn.silu,
-}
 KeysAndValues = tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]
 
 
@@ -30,30 +26,21 @@ class T5MLP(nnx.Module):
     """`wo(act(wi_0(x)) * wi_1(x))`, or without a gate `wo(act(wi(x)))`."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype, param_dtype):
-        def linear(features_in: int, features_out: int, dtype) -> nnx.Linear:
-            return nnx.Linear(
-                features_in,
-                features_out,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
+        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.activation, self.is_gated = config.activation, config.is_gated_act
         if config.is_gated_act:
-            self.wi_0 = linear(config.d_model, config.d_ff, dtype)
-            self.wi_1 = linear(config.d_model, config.d_ff, dtype)
+            self.wi_0 = linear(config.d_model, config.d_ff, dtype=dtype)
+            self.wi_1 = linear(config.d_model, config.d_ff, dtype=dtype)
         else:
-            self.wi = linear(config.d_model, config.d_ff, dtype)
+            self.wi = linear(config.d_model, config.d_ff, dtype=dtype)
         self.wo_dtype = residual_dtype(dtype)
-        self.wo = linear(config.d_ff, config.d_model, self.wo_dtype)
+        self.wo = linear(config.d_ff, config.d_model, dtype=self.wo_dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the MLP to every token."""
         first = checkpoint_name((self.wi_0 if self.is_gated else self.wi)(x), "gate_proj")
-        # In float32 and rounded once, as in `llama.MLP`.
-        product = _ACTIVATIONS[self.activation](first.astype(jnp.float32))
+        # In float32 and rounded once, as in `mlp.MLP`.
+        product = ACTIVATIONS[self.activation](first.astype(jnp.float32))
         if self.is_gated:
             product *= checkpoint_name(self.wi_1(x), "up_proj").astype(jnp.float32)
         return self.wo(product.astype(self.wo_dtype))
