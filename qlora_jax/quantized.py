@@ -186,14 +186,20 @@ def _dequantize(q, dtype):
     )
 
 
-def matmul(x: Float[Array, "*B in"], q: QuantizedTensor) -> Float[Array, "*B out"]:
-    """`x @ dequantize(q).T` in `x.dtype`; the gradient goes to `x` only.
+def matmul(
+    x: Float[Array, "*B in"],
+    q: QuantizedTensor,
+    *,
+    lora: tuple[Float[Array, "*B r"], Float[Array, "r out"]] | None = None,
+) -> Float[Array, "*B out"]:
+    """`x @ dequantize(q).T` in `x.dtype`; the gradient goes to `x` (and `lora`) only.
 
     The backward pass keeps the packed weight and dequantizes it again.
 
     Args:
         x: floats [..., in_features].
         q: a single matrix `(out_features, in_features)`; take stacks apart with `scan` or `vmap`.
+        lora: `(xa, b)`: the product `xa @ b` is added, for few rows on a GPU by the same kernel.
 
     Returns:
         [..., out_features] in `x.dtype`.
@@ -218,6 +224,7 @@ def matmul(x: Float[Array, "*B in"], q: QuantizedTensor) -> Float[Array, "*B out
         shape=q.shape,
         quant_type=q.quant_type,
         block_size=q.block_size,
+        lora=lora,
     )
 
 

@@ -1,10 +1,19 @@
-"""How the next token is chosen from the logits: greedily, or at random within top-k and top-p."""
+"""How the next token is chosen from the logits: the likeliest, or at random among the likely ones.
+
+The order is that of transformers: repetition penalty, temperature, top-k, then top-p among what is
+left, and min-p. What top-k and top-p keep is always the head of the vocabulary sorted by logit, so
+both are one count, and no token has to be moved: among equal logits the lower ids count first.
+
+A token is drawn by adding Gumbel noise to the logits and taking the largest. The noise belongs to
+the token ids, so a row's draw depends on its key and its logits, not on the settings of the rows
+beside it.
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from qlora_jax.errors import ConfigError
 
@@ -12,19 +21,25 @@ from qlora_jax.errors import ConfigError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The settings; a pytree of scalars, so that other values do not compile again.
+    """The settings; a pytree of numbers, so that other values do not compile again.
 
-    The order is that of transformers: temperature, then top-k, then top-p among what is left.
+    Inside compiled functions each may also be an array with a value for every row.
 
     Attributes:
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: choose among the `top_k` likeliest tokens; 0: among all.
       top_p: choose among the fewest likeliest tokens whose probabilities reach `top_p`.
+      min_p: choose among the tokens with at least `min_p` times the probability of the likeliest
+        (arXiv 2407.01082); 0: among all.
+      repetition_penalty: the logits of tokens that are in the prompt or the reply are divided by
+        it, or multiplied where they are negative (CTRL, arXiv 1909.05858); 1: nothing happens.
     """
 
-    temperature: float | Float[Array, ""] = 0.0
-    top_k: int | Int[Array, ""] = 0
-    top_p: float | Float[Array, ""] = 1.0
+    temperature: float | Float[Array, "*B"] = 0.0
+    top_k: int | Int[Array, "*B"] = 0
+    top_p: float | Float[Array, "*B"] = 1.0
+    min_p: float | Float[Array, "*B"] = 0.0
+    repetition_penalty: float | Float[Array, "*B"] = 1.0
 
     @property
     def greedy(self) -> bool:
@@ -46,11 +61,22 @@ class Sampling:
             raise ConfigError(f"top_k must be 0 (all tokens) or above, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p must be 0 (all tokens) to 1, got {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ConfigError(
+                "repetition_penalty must be 1 (none) or another finite number above 0, got "
+                f"{self.repetition_penalty}"
+            )
 
     def as_arrays(self) -> "Sampling":
         """The same settings with fixed dtypes, as a compiled function takes them."""
         return Sampling(
-            jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p)
+            jnp.float32(self.temperature),
+            jnp.int32(self.top_k),
+            jnp.float32(self.top_p),
+            jnp.float32(self.min_p),
+            jnp.float32(self.repetition_penalty),
         )
 
 
@@ -63,6 +89,19 @@ def greedy_tokens(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def penalize_repetition(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], sampling: Sampling
+) -> Float[Array, "B V"]:
+    """Makes the tokens of a row's prompt and reply less likely; see `Sampling`.
+
+    >>> seen = jnp.array([[True, True, False]])
+    >>> penalize_repetition(jnp.array([[2.0, -1.0, 1.0]]), seen, Sampling(repetition_penalty=2.0))
+    Array([[ 1., -2.,  1.]], dtype=float32)
+    """
+    penalty = _column(sampling.repetition_penalty)
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def sample_tokens(
     logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling
 ) -> Int[Array, " B"]:
@@ -71,7 +110,8 @@ def sample_tokens(
     Args:
       logits: of the next token.
       keys: one key a row.
-      sampling: the settings; the temperature must be above 0.
+      sampling: the settings, for all rows or for each; rows whose temperature is 0 get their
+        likeliest token.
 
     Returns:
       Token ids.
@@ -80,14 +120,39 @@ def sample_tokens(
     >>> sample_tokens(jnp.array([[0.0, 3.0, 1.0]]), keys, Sampling(temperature=1.0, top_k=1))
     Array([1], dtype=int32)
     """
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    temperature = _column(sampling.temperature)
     # Differences to the best, so that a tiny temperature overflows to -inf and never to NaN.
-    ranked = (ranked - ranked[:, :1]) / sampling.temperature
-    rank = jnp.arange(logits.shape[-1])
-    ranked = jnp.where((sampling.top_k == 0) | (rank < sampling.top_k), ranked, -jnp.inf)
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(
+        temperature > 0, temperature, 1.0
+    )
+    ranks_count = jnp.any((sampling.top_k != 0) | (sampling.top_p < 1))
+    kept = jax.lax.cond(
+        ranks_count, lambda x: _head(x, sampling), lambda x: jnp.ones(x.shape, bool), scaled
+    )
+    kept &= scaled >= jnp.log(_column(sampling.min_p))
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+    drawn = jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1)
+    greedy = temperature[:, 0] == 0
+    return jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+
+
+def _head(scaled: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
+    """The tokens that top-k and top-p keep."""
+    ranked = jnp.sort(scaled, axis=-1, descending=True)
+    top_k, rank = _column(sampling.top_k), jnp.arange(scaled.shape[-1])
+    ranked = jnp.where((top_k == 0) | (rank < top_k), ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where((before < sampling.top_p) | (rank == 0), ranked, -jnp.inf)
-    choice = jax.vmap(jax.random.categorical)(keys, ranked)
-    return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    # What rounding makes of the sum must not matter to a row that takes all tokens.
+    reached = (before < _column(sampling.top_p)) | (_column(sampling.top_p) >= 1)
+    reached &= ranked > -jnp.inf
+    count = jnp.maximum(reached.sum(axis=-1, keepdims=True), 1)
+    least = jnp.take_along_axis(ranked, count - 1, axis=-1)
+    above, equal = scaled > least, scaled == least
+    places = count - above.sum(axis=-1, keepdims=True)
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= places))
+
+
+def _column(setting: float | Array) -> Float[Array, "B 1"]:
+    """A setting of one or all rows, beside the vocabulary."""
+    return jnp.reshape(jnp.asarray(setting), (-1, 1))

@@ -18,11 +18,10 @@ from llama_models import (
     tiny_config,
 )
 
-from qlora_jax import generation
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.flax_nnx import apply_qlora
-from qlora_jax.generation import encode_prompt, generate, generate_ids
+from qlora_jax.generation import batches, encode_prompt, generate, generate_ids
 from qlora_jax.models.llama import Llama
 from qlora_jax.sampling import Sampling
 from qlora_jax.weights import open_checkpoint
@@ -92,9 +91,9 @@ def test_a_reply_ends_at_any_end_token(model):
 
 def test_generation_stops_early_and_can_be_longer_than_a_chunk(model, monkeypatch):
     chunks = []
-    original = generation._decode_chunk
+    original = batches._decode_chunk
     monkeypatch.setattr(
-        generation, "_decode_chunk", lambda *a, **k: chunks.append(1) or original(*a, **k)
+        batches, "_decode_chunk", lambda *a, **k: chunks.append(1) or original(*a, **k)
     )
     (free,) = generate_ids(model, [[3]], max_new_tokens=50)
     assert len(free) == 50 and len(chunks) == 2
@@ -115,19 +114,19 @@ def test_a_reply_ends_at_a_stop_string_of_the_chat_format(tokenizer):
 
 def test_no_chunk_is_computed_once_all_replies_are_over(model, monkeypatch):
     chunks = []
-    original = generation._decode_chunk
+    original = batches._decode_chunk
     monkeypatch.setattr(
-        generation, "_decode_chunk", lambda *a, **k: chunks.append(1) or original(*a, **k)
+        batches, "_decode_chunk", lambda *a, **k: chunks.append(1) or original(*a, **k)
     )
     (free,) = generate_ids(model, [[3]], max_new_tokens=60)
     assert len(chunks) == 2
     (over,) = generate_ids(model, [[3]], max_new_tokens=60, is_over=lambda ids: len(ids) > 20)
-    assert len(chunks) == 3 and over == free[: 1 + generation.CHUNK]
+    assert len(chunks) == 3 and over == free[: 1 + batches.CHUNK]
 
 
 def test_one_compilation_for_each_shape_bucket(model):
     def count():
-        return generation._prefill._cache_size(), generation._decode_chunk._cache_size()
+        return batches._prefill._cache_size(), batches._decode_chunk._cache_size()
 
     jax.clear_caches()
     generate_ids(model, [[1, 2], [3]], max_new_tokens=8, eos_token_ids=[0])

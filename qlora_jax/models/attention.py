@@ -7,7 +7,6 @@ distance in positions, so the same rule serves training on packed rows and batch
 prompts of different lengths.
 """
 
-import dataclasses
 from typing import Literal
 
 import jax
@@ -18,89 +17,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.devices import current_target
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.norm import make_norm
 from qlora_jax.models.rope import apply_rope
 
-# The segment id of a slot that nothing was written to; no token may carry it.
-EMPTY_SLOT = -1
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens seen so far, for all layers; a pytree of fixed shape.
-
-    Attributes:
-      keys: [L, B, S, K, H], already rotated.
-      values: [L, B, S, K, H].
-      segment_ids: [B, S] int32; -1 where nothing was written.
-      length: [] int32, slots in use (the same for every row; shorter prompts are padded on the
-        left).
-    """
-
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
-    segment_ids: Int[Array, "B S"]
-    length: Int[Array, ""]
-
-    @classmethod
-    def empty(cls, config: LlamaConfig, batch_size: int, max_len: int, dtype) -> "KVCache":
-        """An empty cache of `max_len` slots.
-
-        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16, head_dim=4,
-        ...     num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)
-        >>> KVCache.empty(config, batch_size=2, max_len=16, dtype=jnp.float32).keys.shape
-        (3, 2, 16, 1, 4)
-        """
-        heads = (config.num_key_value_heads, config.head_dim)
-        shape = (config.num_hidden_layers, batch_size, max_len, *heads)
-        return cls(
-            keys=jnp.zeros(shape, dtype),
-            values=jnp.zeros(shape, dtype),
-            segment_ids=jnp.full((batch_size, max_len), EMPTY_SLOT, jnp.int32),
-            length=jnp.zeros((), jnp.int32),
-        )
-
-    def append(
-        self, layer: Int[Array, ""], keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]
-    ) -> "KVCache":
-        """Writes the new tokens' keys and values of one layer behind the `length` slots in use."""
-        start = (layer, 0, self.length, 0, 0)
-        return dataclasses.replace(
-            self,
-            keys=jax.lax.dynamic_update_slice(self.keys, keys[None], start),
-            values=jax.lax.dynamic_update_slice(self.values, values[None], start),
-        )
-
-    def append_segments(self, segment_ids: Int[Array, "B T"]) -> "KVCache":
-        """Writes the new tokens' segment ids behind the `length` slots in use."""
-        start = (0, self.length)
-        new = segment_ids.astype(jnp.int32)
-        return dataclasses.replace(
-            self, segment_ids=jax.lax.dynamic_update_slice(self.segment_ids, new, start)
-        )
-
-    def advance(self, tokens: int) -> "KVCache":
-        """Counts `tokens` more slots as used, after all layers have appended theirs."""
-        return dataclasses.replace(self, length=self.length + tokens)
-
-    def layer(
-        self, layer: Int[Array, ""]
-    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Keys and values of one layer."""
-        return (
-            jax.lax.dynamic_index_in_dim(self.keys, layer, keepdims=False),
-            jax.lax.dynamic_index_in_dim(self.values, layer, keepdims=False),
-        )
-
 
 def attention_mask(
-    query_slots: Int[Array, " T"],
+    query_slots: Int[Array, "*B T"],
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],
     window: int | Int[Array, ""] | None = None,
 ) -> Bool[Array, "B 1 T S"]:
     """True where a query may look at a key: not later, of the same segment, within the window.
+
+    The slots of the queries are those of every row, or each row has its own.
 
     >>> segments = jnp.array([[1, 1, 2]])
     >>> attention_mask(jnp.arange(3), segments, segments)[0, 0].astype(int)
@@ -108,7 +38,7 @@ def attention_mask(
            [1, 1, 0],
            [0, 0, 1]], dtype=int32)
     """
-    distance = query_slots[:, None] - jnp.arange(key_segments.shape[-1])
+    distance = query_slots[..., None] - jnp.arange(key_segments.shape[-1])
     near = distance >= 0
     if window is not None:
         near &= distance < window
@@ -337,7 +267,7 @@ class Attention(nnx.Module):
         q, k, v = self.project(x, rope)
         if cache is not None:
             cache = cache.append(layer, k, v)
-            k, v = cache.layer(layer)
+            k, v = cache.layer(layer, k.dtype)
         return self.output(attend(q, k, v, mask, window, **score_options(self.config))), cache
 
     def project(

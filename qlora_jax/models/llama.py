@@ -30,8 +30,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.errors import ConfigError
-from qlora_jax.models.attention import Attention, KVCache, attention_mask
+from qlora_jax.models.attention import Attention, attention_mask
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.long_rows import layer_in_chunks
 from qlora_jax.models.mlp import MLP
 from qlora_jax.models.norm import make_norm
@@ -225,7 +226,7 @@ class Llama(nnx.Module):
             self._check_length(tokens.shape[1])
             x = self.embed(tokens, positions)
             return self.norm(self.layer_outputs(x, positions=positions, segment_ids=segment_ids))
-        slots = cache.length + jnp.arange(tokens.shape[1])
+        slots = cache.slots(tokens.shape[1])
         if positions is None:
             positions = jnp.broadcast_to(slots, tokens.shape)
         if segment_ids is None:
@@ -284,9 +285,20 @@ class Llama(nnx.Module):
             return vocabulary_product(hidden, self.lm_head.kernel[...])
         return self.lm_head(hidden).astype(jnp.float32)
 
-    def init_cache(self, batch_size: int, max_len: int) -> KVCache:
-        """An empty cache with room for `max_len` tokens a row."""
-        return KVCache.empty(self.config, batch_size, max_len, self.dtype)
+    def init_cache(
+        self, batch_size: int, max_len: int, *, ragged: bool = False, dtype=None
+    ) -> KVCache:
+        """An empty cache with room for `max_len` tokens a row.
+
+        Args:
+          batch_size: rows.
+          max_len: slots a row.
+          ragged: whether each row has a length of its own; see `KVCache`.
+          dtype: of keys and values: None (the model's), or `jnp.int8`.
+        """
+        heads = (self.config.num_key_value_heads, self.config.head_dim)
+        shape = (self.config.num_hidden_layers, batch_size, max_len, *heads)
+        return KVCache.empty(shape, dtype or self.dtype, ragged=ragged)
 
     def _scan_layers(self, x, slots, positions, segment_ids, cache):
         config = self.config
@@ -295,7 +307,7 @@ class Llama(nnx.Module):
         differ = bool(config.full_attention_layers)
         indices = jnp.arange(config.num_hidden_layers)
         is_full = jnp.isin(indices, jnp.array(config.full_attention_layers, jnp.int32))
-        key_segments = segment_ids if cache is None else cache.segment_ids
+        key_segments = segment_ids if cache is None else cache.visible_segments
 
         def mask_of(window: Int[Array, ""] | int | None) -> Bool[Array, "B 1 T S"] | None:
             if segment_ids is None:  # nothing but causal: `attend` knows that

@@ -24,7 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.errors import ConfigError
-from qlora_jax.models.attention import EMPTY_SLOT, KVCache, attention_mask
+from qlora_jax.models.attention import attention_mask
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.llama import vocabulary_product
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.relative_attention import RelativePositionBias
@@ -245,14 +246,9 @@ class T5(nnx.Module):
             return None, nnx.merge(graphdef, state).cross_attn.keys_and_values(encoded)
 
         _, (keys, values) = jax.lax.scan(body, None, state)
-        config, batch = self.config, source.shape[0]
-        shape = (config.num_decoder_layers, batch, max_len, config.num_heads, config.d_kv)
-        target = KVCache(
-            keys=jnp.zeros(shape, self.dtype),
-            values=jnp.zeros(shape, self.dtype),
-            segment_ids=jnp.full((batch, max_len), EMPTY_SLOT, jnp.int32),
-            length=jnp.zeros((), jnp.int32),
-        )
+        config = self.config
+        shape = (config.num_decoder_layers, source.shape[0], max_len, config.num_heads, config.d_kv)
+        target = KVCache.empty(shape, self.dtype)
         return T5Cache(target, keys, values, source_segment_ids)
 
     def head(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

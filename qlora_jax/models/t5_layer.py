@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.models.attention import KVCache
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.mlp import ACTIVATIONS
 from qlora_jax.models.norm import RMSNorm
 from qlora_jax.models.relative_attention import T5Attention, biased_attention
@@ -107,7 +107,7 @@ class T5Layer(nnx.Module):
         k, v = self.self_attn.keys_and_values(normed)
         if cache is not None:
             cache = cache.append(layer, k, v)
-            k, v = cache.layer(layer)
+            k, v = cache.layer(layer, k.dtype)
         y = biased_attention(self.self_attn.queries(normed), k, v, bias, mask)
         x = add_residual(x, self.self_attn.output(y))
         if cross is not None:

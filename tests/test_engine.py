@@ -1,0 +1,262 @@
+"""The engine: replies of requests that come and go, against whole-sequence recomputation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+from llama_models import golden_tiny, random_model, tiny_config
+
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import ConfigError
+from qlora_jax.flax_nnx import apply_qlora, without_adapters
+from qlora_jax.generation import Delta, Engine, Request, Sampling, generate_ids
+from qlora_jax.generation.adapters import merge_for_rows, serve_adapters
+from qlora_jax.models.llama import Llama
+from qlora_jax.models.t5 import T5
+
+PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6], [2, 7]]
+SAMPLED = Sampling(temperature=1.0, top_k=20, top_p=0.9)
+
+
+def words_tokenizer(size: int, end: int | None = None) -> Tokenizer:
+    """Token i is the text "<i>"; none is special but the end token."""
+    vocabulary = {f"<{i}>": i for i in range(size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<0>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(r"<\d+>"), behavior="isolated"
+    )
+    backend.decoder = tokenizers.decoders.Fuse()
+    return Tokenizer(backend, eos_token_ids=[] if end is None else [end])
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return golden_tiny("qwen3")[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model) -> Tokenizer:
+    return words_tokenizer(model.config.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def engine(model, tokenizer) -> Engine:
+    """Shared by tests that leave it idle."""
+    return Engine(model, tokenizer, slots=3, max_len=64)
+
+
+def finish(engine: Engine) -> dict[int, tuple[str, Delta]]:
+    """Runs until nothing is left; the text and the last `Delta` of every request."""
+    texts, last = {}, {}
+    while engine.busy:
+        for delta in engine.step():
+            assert delta.request_id not in last or last[delta.request_id].finish_reason is None
+            texts[delta.request_id] = texts.get(delta.request_id, "") + delta.text
+            last[delta.request_id] = delta
+    return {key: (texts[key], last[key]) for key in last}
+
+
+def replies(engine: Engine, requests: list[Request]) -> list[str]:
+    ids = [engine.submit(request) for request in requests]
+    done = finish(engine)
+    return [done[key][0] for key in ids]
+
+
+def text_of(ids: list[int]) -> str:
+    return "".join(f"<{i}>" for i in ids)
+
+
+def test_greedy_replies_are_those_of_whole_batches(engine, model):
+    """Four requests for three slots: the last one waits."""
+    whole = generate_ids(model, PROMPTS, max_new_tokens=12)
+    ours = replies(engine, [Request(prompt, max_new_tokens=12) for prompt in PROMPTS])
+    assert ours == [text_of(ids) for ids in whole]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
+def test_a_reply_depends_on_its_request_alone(engine, sampling):
+    requests = [Request(p, 10, sampling, seed=i) for i, p in enumerate(PROMPTS)]
+    together = replies(engine, requests)
+    alone = [replies(engine, [request])[0] for request in reversed(requests)]
+    assert together == alone[::-1]
+    if not sampling.greedy:
+        other = replies(engine, [Request(PROMPTS[0], 10, sampling, seed=9)])
+        assert other[0] != together[0]
+        greedy_beside = [requests[0], Request(PROMPTS[1], 10)]
+        assert replies(engine, greedy_beside)[0] == together[0]
+
+
+def test_ends_and_reasons(model):
+    (free,) = generate_ids(model, [PROMPTS[0]], max_new_tokens=12)
+    end = next(token for i, token in enumerate(free) if i > 3 and token not in free[:i])
+    engine = Engine(model, words_tokenizer(model.config.vocab_size, end), slots=3, max_len=64)
+    first = engine.submit(Request(PROMPTS[0], 12))
+    short = engine.submit(Request(PROMPTS[0], 2))
+    # A stop string over the border of two tokens, in the middle of each.
+    stop = text_of(free[1:3])[2:-1]
+    stopped = engine.submit(Request(PROMPTS[0], 12, stop=["no such thing", stop]))
+    done = finish(engine)
+    before = free[: free.index(end)]
+    assert done[first][0] == text_of(before)
+    assert (done[first][1].tokens, done[first][1].finish_reason) == (len(before), "stop")
+    assert done[short][0] == text_of(free[:2]) and done[short][1].finish_reason == "length"
+    assert done[short][1].tokens == 2
+    assert done[stopped][0] == text_of(free[:3]).split(stop)[0]
+    assert done[stopped][1].finish_reason == "stop"
+
+
+def test_what_could_begin_a_stop_string_is_held_back(engine, model):
+    (free,) = generate_ids(model, [PROMPTS[0]], max_new_tokens=6)
+    never = text_of(free[1:3]) + "!"
+    key = engine.submit(Request(PROMPTS[0], 6, stop=[never]))
+    assert finish(engine)[key][0] == text_of(free)
+
+
+def test_cancelling_frees_the_slot_and_leaves_the_others_alone(engine, model):
+    whole = generate_ids(model, PROMPTS, max_new_tokens=12)
+    ids = [engine.submit(Request(prompt, 12)) for prompt in PROMPTS]
+    first = {delta.request_id: delta.text for delta in engine.step()}
+    assert first == {key: text_of(row[:1]) for key, row in zip(ids[:3], whole[:3], strict=True)}
+    engine.cancel(ids[1])
+    engine.cancel(ids[3])  # still waiting
+    engine.cancel(10_000)  # nobody
+    done = finish(engine)
+    assert [done[key][1].finish_reason for key in ids] == [
+        "length", "cancelled", "length", "cancelled",
+    ]  # fmt: skip
+    for i in (0, 2):
+        assert first[ids[i]] + done[ids[i]][0] == text_of(whole[i])
+    assert not engine.busy and engine.step() == []
+
+
+def test_what_was_read_is_not_read_again(model, tokenizer):
+    """A conversation: each turn repeats the last one's prompt and reply."""
+    engine = Engine(model, tokenizer, slots=3, max_len=64)
+    prompt = PROMPTS[2]
+    for turn in range(2):
+        read = engine.prompt_tokens
+        (text,) = replies(engine, [Request(prompt, 8)])
+        (expected,) = generate_ids(model, [prompt], max_new_tokens=8)
+        assert text == text_of(expected)
+        assert engine.prompt_tokens - read == (19 if turn == 0 else 4)
+        # The reply's last token was chosen, and never read.
+        prompt = [*prompt, *expected, 3, 1, 4]
+    assert engine.cached_tokens == 19 + 7
+    # Another beginning, and a prompt that is wholly known.
+    assert replies(engine, [Request([8, *PROMPTS[2]], 4)])[0] == text_of(
+        generate_ids(model, [[8, *PROMPTS[2]]], max_new_tokens=4)[0]
+    )
+    read = engine.prompt_tokens
+    replies(engine, [Request(PROMPTS[2], 4)])
+    assert engine.prompt_tokens - read == 1
+
+
+def test_a_prompt_may_fill_the_cache(model, tokenizer):
+    """The padded rest of a prompt must not be written over the beginning."""
+    engine = Engine(model, tokenizer, slots=1, max_len=40)
+    prompt = (PROMPTS[2] * 3)[:37]
+    for length in (20, 37):
+        (expected,) = generate_ids(model, [prompt[:length]], max_new_tokens=3)
+        assert replies(engine, [Request(prompt[:length], 3)]) == [text_of(expected)]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([1] * 60, 5), "the prompt has 60 tokens; with max_new_tokens=5 that is more than"),
+        (Request([], 5), "no tokens"),
+        (Request([1], 0), "max_new_tokens must be at least 1, got 0"),
+        (Request([1, 4000], 5), "ids outside"),
+        (Request([1], 5, adapter="x"), "there is no adapter 'x'; there are: none"),
+        (Request([1], 5, Sampling(min_p=2.0)), "min_p"),
+    ],
+)
+def test_what_cannot_be_replied_to_is_refused(engine, request_, message):
+    with pytest.raises(ConfigError, match=message):
+        engine.submit(request_)
+    assert not engine.busy
+
+
+def test_impossible_engines_are_refused(model, tokenizer):
+    for settings, message in [
+        (dict(max_len=65), "max_len must be 2 to 64"),
+        (dict(slots=0), "slots=0"),
+        (dict(kv_dtype="fp8"), "kv_dtype must be None or 'int8'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            Engine(model, tokenizer, **settings)
+    with pytest.raises(ConfigError, match="serves decoders, got a T5"):
+        Engine(T5.__new__(T5), tokenizer)
+
+
+# -------------------------------------------------------------------------------------- adapters
+
+
+def with_adapter(base: Llama, seed: int, **options) -> Llama:
+    """The base with random adapters; arrays of the base are shared."""
+    options = dict(quant_type=None, rngs=nnx.Rngs(seed)) | options
+    model = apply_qlora(base, **options)
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        if path[-1] == "lora_b":
+            key = jax.random.key(seed)
+            variable.set_value(0.3 * jax.random.normal(key, variable.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def base() -> Llama:
+    plain = random_model(tiny_config(hidden_size=32, head_dim=8, qkv_bias=True))
+    return without_adapters(apply_qlora(plain, rank=1, block_size=32, rngs=nnx.Rngs(0)))
+
+
+def test_every_row_has_its_own_adapter(base):
+    """One of DoRA, and one of another rank and scaling that is on some layers only."""
+    models = {
+        "one": with_adapter(base, 1, rank=4, alpha=8.0, use_dora=True),
+        "two": with_adapter(base, 2, rank=2, alpha=2.0, where=".*/(q|down)_proj"),
+    }
+    tokenizer = words_tokenizer(base.config.vocab_size)
+    engine = Engine(base, tokenizer, adapters=models, slots=3, max_len=64)
+    assert engine.adapters == ("one", "two")
+    expected = {
+        name: [text_of(row) for row in generate_ids(one, PROMPTS, max_new_tokens=12)]
+        for name, one in {None: base, **models}.items()
+    }
+    names = ["one", None, "two", "one"]
+    requests = [Request(p, 12, adapter=n) for p, n in zip(PROMPTS, names, strict=True)]
+    assert replies(engine, requests) == [expected[name][i] for i, name in enumerate(names)]
+    assert len({row[2] for row in expected.values()}) == 3
+    # The same prompt with another adapter is another text, whatever the cache holds.
+    for name in (None, "two", "one"):
+        assert replies(engine, [Request(PROMPTS[2], 12, adapter=name)]) == [expected[name][2]]
+
+
+def test_without_adapter_the_logits_are_the_bases(base):
+    adapted = with_adapter(base, 1, rank=4, alpha=8.0)
+    served, names = serve_adapters(adapted, None)
+    assert names == ("adapter",)
+    graphdef, state = nnx.split(served)
+    tokens = jnp.array(PROMPTS[2])[None].repeat(2, axis=0)
+    logits = jax.jit(lambda s, r: merge_for_rows(graphdef, s, r)(tokens))
+    rows = logits(state, jnp.array([0, 1]))
+    np.testing.assert_array_equal(rows[0], nnx.jit(lambda m: m(tokens))(base)[0])
+    np.testing.assert_allclose(rows[1], nnx.jit(lambda m: m(tokens))(adapted)[1], atol=1e-5)
+    assert not np.allclose(rows[0], rows[1], atol=1e-2)
+
+
+def test_the_state_of_an_adapter_is_enough(base):
+    adapted, other = (with_adapter(base, seed, rank=4) for seed in (1, 2))
+    states = {"one": nnx.state(adapted, nnx.LoRAParam), "two": nnx.state(other, nnx.LoRAParam)}
+    tokenizer = words_tokenizer(base.config.vocab_size)
+    engine = Engine(adapted, tokenizer, adapters=states, slots=3, max_len=64)
+    requests = [Request(PROMPTS[0], 8, adapter=name) for name in ("one", "two")]
+    assert replies(engine, requests) == [
+        text_of(generate_ids(m, PROMPTS[:1], max_new_tokens=8)[0]) for m in (adapted, other)
+    ]
+    with pytest.raises(ConfigError, match="adapter 'one' has other parts or ranks"):
+        Engine(base, tokenizer, adapters=states)
+    wider = with_adapter(random_model(tiny_config(hidden_size=16, head_dim=8)), 1, rank=4)
+    with pytest.raises(ConfigError, match="adapter 'x' does not belong to this base"):
+        Engine(base, tokenizer, adapters={"x": wider})
