@@ -185,6 +185,9 @@ def get_config() -> config_dict.ConfigDict:
     checkpoint.every = 100
     # How many of the newest stay on disk.
     checkpoint.keep = 2
+    # Keep the one with the lowest held-out loss, too; of those that were saved at a step of
+    # eval.every.
+    checkpoint.keep_best = True
     return config.lock()
 
 

@@ -38,6 +38,10 @@ class CheckpointError(UserError):
     """A checkpoint cannot be written, or does not fit what it is restored into."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was saved; an older one may be."""
+
+
 class TrainingError(UserError):
     """A run cannot go on, for example because its loss is not a number any more."""
 

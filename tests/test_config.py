@@ -98,7 +98,7 @@ def test_the_whole_base():
         },
         "eval": {"every": 0, "batch_size": 4},
         "sample": {"enabled": True, "max_new_tokens": 128},
-        "checkpoint": {"every": 100, "keep": 2},
+        "checkpoint": {"every": 100, "keep": 2, "keep_best": True},
     }
 
 
@@ -119,6 +119,7 @@ def test_every_rule_is_about_a_field_and_every_number_and_choice_has_one():
         "data.eval_path",
         "optimizer.check_paging",
         "sample.enabled",
+        "checkpoint.keep_best",
     }
 
 

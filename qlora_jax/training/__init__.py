@@ -6,7 +6,7 @@ of a run: building the model, its data, the loop, the work directory, the model 
 """
 
 from qlora_jax.training.building import choose_compute_dtype as choose_compute_dtype
-from qlora_jax.training.run import TrainResult as TrainResult
+from qlora_jax.training.result import TrainResult as TrainResult
 from qlora_jax.training.run import train as train
 from qlora_jax.training.step import TrainState as TrainState
 from qlora_jax.training.step import compile_step as compile_step

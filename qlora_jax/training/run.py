@@ -20,8 +20,8 @@ from flax import nnx
 from ml_collections import config_dict
 
 from qlora_jax import config as config_lib
-from qlora_jax import hub
-from qlora_jax.checkpoint import Checkpointer
+from qlora_jax import hub, phases
+from qlora_jax.checkpoint import HELDOUT_LOSS
 from qlora_jax.data.batches import BatchIterator, eval_batches, row_lengths
 from qlora_jax.errors import TrainingError
 from qlora_jax.generation import generate
@@ -40,11 +40,12 @@ from qlora_jax.training.card import (
     generate_command,
     model_card,
     this_python,
-    versions,
 )
-from qlora_jax.training.data import data_path, describe_data, load_training_data, question_text
+from qlora_jax.training.data import describe_data, load_training_data, question_text
 from qlora_jax.training.family import family_of
 from qlora_jax.training.loop import Hooks, Intervals, run_steps
+from qlora_jax.training.result import TrainResult, finished_result
+from qlora_jax.training.saving import Resume, RunCheckpoints, check_resume
 from qlora_jax.training.step import (
     TrainState,
     evaluate_loss,
@@ -56,35 +57,11 @@ from qlora_jax.training.workdir import Workdir, explain_os_error
 OnStep = Callable[[int, Mapping[str, float]], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What came out of a run; also the content of `result.json`.
-
-    Attributes:
-        workdir: where everything was written.
-        steps: optimizer steps done.
-        train_loss: mean loss of the last log line, nats per token; None if no step was taken.
-        heldout_before: held-out loss of the base; None without held-out records.
-        heldout_after: held-out loss of the adapted model.
-        question: the held-out prompt that was asked, None if none was.
-        answer_before: the base's reply.
-        answer_after: the adapted model's reply.
-    """
-
-    workdir: str
-    steps: int
-    train_loss: float | None
-    heldout_before: float | None
-    heldout_after: float | None
-    question: str | None
-    answer_before: str | None
-    answer_after: str | None
-
-
 def train(
     config: config_dict.ConfigDict,
     workdir: str | os.PathLike,
     *,
+    resume: Resume = "auto",
     on_step: OnStep | None = None,
     report: Report | None = None,
 ) -> TrainResult:
@@ -93,6 +70,8 @@ def train(
     Args:
         config: from `qlora_jax.config.get_config()` or a recipe.
         workdir: a new directory, or that of a run to continue.
+        resume: "auto" continues where there is a checkpoint and else begins; "must" refuses to
+            begin; "never" refuses to continue. Nothing is ever removed for it.
         on_step: called after each step with its number and metrics (`loss`, `learning_rate`,
             `grad_norm`, `tokens_per_second`, ...), for live plots.
         report: where to print; None: standard output.
@@ -109,8 +88,9 @@ def train(
     >>> result = train(config, "runs/first")  # doctest: +SKIP
     """
     config_lib.validate(config)
+    check_resume(resume, pathlib.Path(workdir).expanduser())
     directory, report = Workdir(workdir), report or Report()
-    if result := _finished_result(directory, config):
+    if result := finished_result(directory, config):
         report.finished(result.workdir, result.steps)
         return result
     try:
@@ -120,17 +100,6 @@ def train(
         if error.filename and not pathlib.Path(error.filename).is_relative_to(directory.path):
             raise
         raise TrainingError(explain_os_error(error, directory.path)) from error
-
-
-def _finished_result(directory: Workdir, config: config_dict.ConfigDict) -> TrainResult | None:
-    """The result of a run that has come to the end which the configuration asks for."""
-    result, before = directory.read_json("result.json"), directory.read_json("config.json")
-    if result is None or before is None:
-        return None
-    directory.check_config(config.to_dict())
-    if any(before["train"][name] != config.train[name] for name in ("steps", "epochs")):
-        return None
-    return TrainResult(**{**result, "workdir": str(directory.path)})
 
 
 class _Run:
@@ -145,9 +114,8 @@ class _Run:
     ):
         self.config, self.directory, self.report = config, directory, report
         self.on_step = on_step
-        self.checkpointer = Checkpointer(directory / "checkpoints", keep=config.checkpoint.keep)
-        if self.checkpointer.latest_step() is not None:
-            directory.check_config(config.to_dict())
+        self.checkpoints = RunCheckpoints(config, directory, report)
+        phases.enter("loading")
         device = jax.devices()[0]
         self.dtype, self.dtype_reason = choose_compute_dtype(config.model.compute_dtype, device)
         with report.busy(f"loading {config.model.path} and quantizing it"):
@@ -155,7 +123,7 @@ class _Run:
                 config,
                 dtype=self.dtype,
                 workdir=directory.path,
-                again=self.checkpointer.latest_step() is not None,
+                again=self.checkpoints.exist,
             )
         self.family = family_of(model.config, config)
         add_embedding_noise(model, config.train.neftune_alpha, config.seed)
@@ -164,6 +132,7 @@ class _Run:
         model.train()
         self.graphdef, lora, self.frozen = split_model(model)
         self.size = measure(lora, self.frozen)
+        phases.enter("tokenizing")
         with report.busy("tokenizing the data") as notes:
             self.data = load_training_data(
                 config, self.tokenizer, model.config.vocab_size, self.family.tokenize
@@ -181,11 +150,18 @@ class _Run:
         )
         self.steps = config.train.steps or self.batches.num_batches(config.train.epochs)
         _, self.schedule = build_optimizer(config, self.steps)
+        self.checkpoints.describe(
+            base=self.fingerprint,
+            data=self.data.fingerprint,
+            tokenizer=self.tokenizer,
+            dtype=self.dtype,
+        )
         self.lora = lora
         self.state: TrainState | None = None  # until it is known where it fits
         # measured before the first step; travels in the metadata of the checkpoints
         self.before: dict[str, Any] | None = None
         self.train_loss: float | None = None
+        self.heldout: dict[int, float] = {}  # of the step that was measured last
 
     def execute(self) -> TrainResult:
         """The run in the order in which it is printed."""
@@ -234,12 +210,14 @@ class _Run:
         tx, _ = build_optimizer(self.config, self.steps)
         state = jax.eval_shape(lambda lora: init_state(lora, tx, self.config.seed), self.lora)
         # one more than is kept: a new checkpoint is whole before the oldest goes
-        self.directory.check_space((self.config.checkpoint.keep + 1) * tree_bytes(state) + 2**24)
+        kept = self.config.checkpoint.keep + self.config.checkpoint.keep_best
+        self.directory.check_space((kept + 1) * tree_bytes(state) + 2**24)
         (self.directory / "result.json").unlink(missing_ok=True)
         self.directory.write_text("config.json", config_lib.to_json(self.config))
 
     def _compile(self) -> Steps:
         """Compiles the step before its first use, so that the wait has a name and a duration."""
+        phases.enter("compiling")
         seq_len = self.config.data.max_len
         lengths = row_lengths(seq_len) if self.config.data.group_by_length else [seq_len]
         once = "once" if len(lengths) == 1 else f"once for each of {len(lengths)} lengths of rows"
@@ -262,23 +240,19 @@ class _Run:
 
     def _start(self, steps: Steps) -> None:
         """A new state, or that of the newest checkpoint, in the memory where the steps want it."""
-        latest = self.checkpointer.latest_step()
-        if latest is None:
+        found = self.checkpoints.restore(steps.restored_like())
+        if found is None:
             self.state = steps.start(self.lora)
             return
-        state, metadata = self.checkpointer.restore(latest, steps.restored_like())
-        paths = {"base": self.config.model.path, "data": data_path(self.config)}
-        now = {"base": self.fingerprint, "data": self.data.fingerprint}
-        for what, path in paths.items():
-            self.directory.check_same(path, metadata[f"{what}_fingerprint"], now[what])
-        self.batches.restore(metadata["batches"])
-        self.state, self.before = state, metadata["before"]
-        self.train_loss = metadata["train_loss"]
-        self.report.line(f"\ncontinuing after step {latest} of {self.steps}", style="bold")
+        self.batches.restore(found.metadata["batches"])
+        self.state, self.before = found.tree, found.metadata["before"]
+        self.train_loss = found.metadata["train_loss"]
+        self.report.line(f"\ncontinuing after step {found.step} of {self.steps}", style="bold")
 
     def _train(self, step_fn: Callable) -> None:
         """Takes the steps that are missing."""
         config = self.config
+        phases.enter("training")
         self.report.step_legend()
         writer = MetricsWriter(self.directory.path, resume_step=int(self.state.step))
         if self.before["loss"] is not None:
@@ -302,29 +276,28 @@ class _Run:
                     save=config.checkpoint.every,
                     evaluate=config.eval.every if self.data.heldout else 0,
                 ),
-                hooks=Hooks(self._save, self._heldout_loss, record),
+                hooks=Hooks(self._save, self._evaluate, record),
                 report=self.report,
             )
         finally:
             writer.close()
 
     def _save(self, step: int, state: TrainState, position: dict[str, int], loss: float) -> None:
-        metadata = {
-            "base_fingerprint": self.fingerprint,
-            "data_fingerprint": self.data.fingerprint,
-            "batches": position,
-            "before": self.before,
-            "train_loss": loss,
-            "compute_dtype": self.dtype.name,
-            "versions": versions(),
-        }
-        self.checkpointer.save(step, state, metadata)
+        found = {"batches": position, "before": self.before, "train_loss": loss}
+        self.checkpoints.save(step, state, found | {HELDOUT_LOSS: self.heldout.get(step)})
+
+    def _evaluate(self, state: TrainState) -> float:
+        loss = self._heldout_loss(state)
+        self.heldout = {int(state.step): loss}
+        phases.enter("training")
+        return loss
 
     def _model(self, state: TrainState) -> nnx.Module:
         """The model of a state in evaluation mode; it shares the state's arrays."""
         return nnx.merge(self.eval_graphdef, state.lora, self.frozen)
 
     def _heldout_loss(self, state: TrainState) -> float:
+        phases.enter("evaluating")
         batches = eval_batches(
             self.data.heldout,
             batch_size=self.config.eval.batch_size,
@@ -354,6 +327,7 @@ class _Run:
 
     def _conclude(self, after: Mapping[str, Any]) -> TrainResult:
         """Compares before and after, and writes the result, the plot and the card."""
+        phases.enter("finishing")
         before = self.before or after
         asked = before["answer"] is not None and after["answer"] is not None
         result = TrainResult(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import warnings
 
 import jax
 from flax import nnx
@@ -31,7 +32,8 @@ def load_trained(
 
     Args:
         workdir: of a run.
-        step: which checkpoint; None takes the newest.
+        step: which checkpoint; None takes the newest that is not damaged, with a warning that names
+            those that are.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
@@ -47,8 +49,7 @@ def load_trained(
         raise CheckpointError(f"{path} holds no run (no config.json); give the --workdir of one")
     config = config_lib.load_config(path / "config.json")
     checkpointer = Checkpointer(path / "checkpoints", keep=config.checkpoint.keep)
-    step = checkpointer.latest_step() if step is None else step
-    if step is None:
+    if not checkpointer.numbers():
         raise CheckpointError(f"{path} holds no checkpoint yet; train it first, or wait for one")
     dtype, _ = choose_compute_dtype(config.model.compute_dtype, jax.devices()[0])
     model, tokenizer, fingerprint = build_model(config, dtype=dtype, workdir=path, again=True)
@@ -56,7 +57,14 @@ def load_trained(
     # The moments are not needed: they stay in the host's memory.
     tx, _ = build_optimizer(config, total_steps=2**31, state_budget=0)
     like = eval_placed(lambda lora: init_state(lora, tx, config.seed), lora)
-    state, metadata = checkpointer.restore(step, place_abstract(like, jax.devices()[0]))
+    like = place_abstract(like, jax.devices()[0])
+    if step is None:
+        found = checkpointer.restore_newest(like)
+        state, metadata = found.tree, found.metadata
+        for reason in found.damaged.values():
+            warnings.warn(f"{reason}; step {found.step} is used instead", stacklevel=2)
+    else:
+        state, metadata = checkpointer.restore(step, like)
     Workdir(path).check_same(config.model.path, metadata["base_fingerprint"], fingerprint)
     model = nnx.merge(graphdef, state.lora, frozen)
     if (path / SUBTRACTED_FILE).exists():  # for export: the base is not the original one

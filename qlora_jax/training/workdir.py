@@ -147,16 +147,20 @@ class Workdir:
                 f"{path} is no JSON ({error}); restore it, or start in a new --workdir"
             ) from error
 
-    def check_config(self, config: Mapping[str, Any]) -> None:
+    def check_config(
+        self, config: Mapping[str, Any], saved: Mapping[str, Any] | None = None
+    ) -> None:
         """Refuses to continue with a configuration that would make it another run.
 
         Args:
             config: nested dicts, as in `config.json`.
+            saved: that of the checkpoint to go on from; None: what `config.json` says.
 
         Raises:
             ConfigError: naming every field that differs, with both values.
         """
-        before, now = _flatten(self.read_json("config.json") or config), _flatten(config)
+        saved = saved or self.read_json("config.json") or config
+        before, now = _flatten(saved), _flatten(config)
         # A run of an older version lacks the fields that came later: it had what they are now.
         base = _flatten(get_config().to_dict())
         before = {name: base[name] for name in now if name in base} | before
