@@ -165,6 +165,9 @@ def get_config() -> config_dict.ConfigDict:
     train.grad_accum = 16
     # Steps from one printed line to the next.
     train.log_every = 10
+    # Steps in a row that are left out because loss or gradient is not a finite number; one more
+    # ends the run. 0: the first does.
+    train.max_skipped_steps = 5
     # Noise on the embeddings (NEFTune; 5 to 15 in its paper); 0: none.
     train.neftune_alpha = 0.0
     # Tokens whose logits exist at the same time.

@@ -93,6 +93,7 @@ _RULES = {
     "train.batch_size": _at_least(1),
     "train.grad_accum": _at_least(1),
     "train.log_every": _at_least(1),
+    "train.max_skipped_steps": _at_least(0),
     "train.neftune_alpha": _Rule(lambda value: 0 <= value < math.inf, "at least 0 and finite"),
     "train.loss_chunk": _at_least(1),
     "eval.every": _at_least(0),

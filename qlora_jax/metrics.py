@@ -87,7 +87,8 @@ class MetricsWriter:
         self._file.write(_to_line({"step": step, **fresh}))
         self._file.flush()
         for key, value in fresh.items():
-            self._events.add_scalar(key, value, step)
+            if _json_number(value) is not None:
+                self._events.add_scalar(key, value, step)
 
     def close(self) -> None:
         """Closes the files; nothing can be written afterwards."""

@@ -93,6 +93,7 @@ def test_the_whole_base():
             "batch_size": 1,
             "grad_accum": 16,
             "log_every": 10,
+            "max_skipped_steps": 5,
             "neftune_alpha": 0.0,
             "loss_chunk": 256,
         },

@@ -24,6 +24,7 @@ from qlora_jax.generation import generate
 from qlora_jax.metrics import read_metrics
 from qlora_jax.training import building
 from qlora_jax.training import run as run_lib
+from qlora_jax.training.bad_steps import read_bad_steps
 from qlora_jax.training.building import build_model, build_optimizer, split_model
 from qlora_jax.training.data import load_training_data
 from qlora_jax.training.step import init_state
@@ -199,10 +200,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run(config, tmp_path, monkeypatch
         state, metrics = step_fn(self, state, frozen, batch)
         if bad:
             nats = metrics["microbatch_nats"].at[1].set(math.nan)
-            metrics = {**metrics, "loss": math.nan, "microbatch_nats": nats}
+            bad = {"loss": math.nan, "microbatch_nats": nats, "skipped": jnp.bool_(True)}
+            metrics = {**metrics, **bad}
         return state, metrics
 
     workdir, config.checkpoint.every = tmp_path / "run", 2
+    config.train.max_skipped_steps = 0
     monkeypatch.setattr(Steps, "__call__", poisoned)
     with pytest.raises(TrainingError, match=r"step 3: .*loss nan.*sums\.jsonl:\d+, .*") as stop:
         run(config, workdir)
@@ -221,10 +224,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run(config, tmp_path, monkeypatch
     named = re.search(r"records: (.*?)\. ", str(stop.value))[1].split(", ")
     assert named == third[1] and not set(named) & set(third[0])
 
+    assert [row["step"] for row in read_bad_steps(workdir)] == [3]
+
     # the newest good checkpoint is where it goes on
     monkeypatch.undo()
     result, text = run(config, workdir)
     assert "continuing after step 2 of 6" in text and result.steps == 6
+    assert read_bad_steps(workdir) == []
 
 
 def test_without_heldout_records(config, tmp_path):

@@ -20,6 +20,7 @@ from qlora_jax.data.masking import Example
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, DataError, TrainingError
 from qlora_jax.report import ModelSize, Report, measure
+from qlora_jax.training.bad_steps import BadSteps
 from qlora_jax.training.card import CardFacts, model_card
 from qlora_jax.training.data import load_training_data, question_text
 from qlora_jax.training.interrupts import InterruptWatch
@@ -31,7 +32,8 @@ from qlora_jax.training.workdir import Workdir
 class Recorder:
     """Hooks that remember what they were called with, and a step that does nothing."""
 
-    def __init__(self, bad_step=None, bad_grad=None, interrupt_at=None):
+    def __init__(self, bad_step=None, bad_grad=None, interrupt_at=None, workdir=None):
+        self.workdir = workdir or pathlib.Path("/nowhere")  # nothing is written without a bad step
         self.saved, self.rows, self.positions, self.evaluated = [], [], {}, []
         self.bad_step, self.bad_grad, self.interrupt_at = bad_step, bad_grad, interrupt_at
         examples = [
@@ -48,6 +50,7 @@ class Recorder:
             "loss_tokens": np.int32(6),
             "tokens": np.int32(8),
             "microbatch_nats": nats,
+            "skipped": np.bool_(step in (self.bad_step, self.bad_grad)),
         }
         if step == self.interrupt_at:
             signal.raise_signal(signal.SIGINT)
@@ -63,6 +66,7 @@ class Recorder:
 
     def run(self, start=0, total=6, log=2, save=4, evaluate=0):
         text = io.StringIO()
+        report = Report(Console(file=text))
         try:
             run_steps(
                 self.step_fn,
@@ -73,7 +77,8 @@ class Recorder:
                 schedule=lambda step: 0.1 * step,
                 intervals=Intervals(log, save, evaluate),
                 hooks=Hooks(self.save, self.evaluate, lambda step, row: self.rows.append(row)),
-                report=Report(Console(file=text)),
+                report=report,
+                bad_steps=BadSteps(self.workdir, most_skipped=0, report=report),
             )
         finally:
             self.text = text.getvalue()
@@ -99,8 +104,8 @@ def test_the_saved_position_is_that_of_the_step_and_not_of_the_batch_fetched_ahe
     assert loop.positions[2] == fresh.state()
 
 
-def test_a_bad_loss_names_the_records_of_its_microbatch():
-    loop = Recorder(bad_step=3)
+def test_a_bad_loss_names_the_records_of_its_microbatch(tmp_path):
+    loop = Recorder(bad_step=3, workdir=tmp_path)
     fresh = Recorder().batches
     expected = [next(fresh) for _ in range(3)][2].record_ids
     with pytest.raises(TrainingError, match="step 3: the loss is not a finite number") as error:
@@ -109,8 +114,8 @@ def test_a_bad_loss_names_the_records_of_its_microbatch():
     assert loop.saved == [1, 2] and len(loop.rows) == 2
 
 
-def test_a_bad_gradient_names_all_records_of_the_step():
-    loop = Recorder(bad_grad=1)
+def test_a_bad_gradient_names_all_records_of_the_step(tmp_path):
+    loop = Recorder(bad_grad=1, workdir=tmp_path)
     first = next(Recorder().batches).record_ids
     with pytest.raises(TrainingError, match="step 1: the gradient is not .*gradient norm inf") as e:
         loop.run()

@@ -50,6 +50,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Int32, PyTree, UInt8
 
 from pallas_kernels.formats import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP, num_blocks
+from qlora_jax.optim.skipping import ApplyIf, Skippable, select
 
 BLOCK_SIZE = 256
 # The values of both maps but zero lie above it.
@@ -131,7 +132,7 @@ def adamw8bit(
     weight_decay: float = 0.0,
     *,
     min_8bit_size: int = 4096,
-) -> optax.GradientTransformation:
+) -> Skippable:
     """AdamW with moments in 8 bits, for leaves that are large enough.
 
     Args:
@@ -159,7 +160,13 @@ def adamw8bit(
 
         return AdamW8bitState(jnp.zeros((), jnp.int32), zeros(_SIGNED), zeros(_UNSIGNED))
 
-    def update(updates: PyTree, state: AdamW8bitState, params: PyTree | None = None):
+    def update(
+        updates: PyTree,
+        state: AdamW8bitState,
+        params: PyTree | None = None,
+        *,
+        apply_if: ApplyIf = True,
+    ):
         if weight_decay and params is None:
             raise ValueError(f"{weight_decay=} needs the params: call update(grads, state, params)")
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -177,17 +184,18 @@ def adamw8bit(
             found = -rate * m / (correction1 * (jnp.sqrt(v * inverse2) + eps))
             if weight_decay:
                 found = found - rounded((rate * weight_decay) * param.astype(jnp.float32))
-            mu, nu = _encode(m, mu, _SIGNED), _encode(v, nu, _UNSIGNED)
-            return found.astype(grad.dtype), mu, nu
+            new = _encode(m, mu, _SIGNED), _encode(v, nu, _UNSIGNED)
+            # Row by row, while the old codes are at hand: a whole leaf of them is not kept.
+            return found.astype(grad.dtype), *select(apply_if, new, (mu, nu))
 
         grads, treedef = jax.tree.flatten(updates)
         trees = (updates if params is None else params, state.mu, state.nu)
         columns = [treedef.flatten_up_to(tree) for tree in trees]
         done = [_row_by_row(rows, *leaf) for leaf in zip(grads, *columns, strict=True)]
         found, mu, nu = (treedef.unflatten(x) for x in zip(*done, strict=True)) if done else trees
-        return found, AdamW8bitState(count, mu, nu)
+        return found, AdamW8bitState(select(apply_if, count, state.count), mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return Skippable(init, update)
 
 
 def _row_by_row(rows: Callable, grad: Array, param: Array, mu, nu) -> tuple[Array, Any, Any]:

@@ -34,6 +34,7 @@ from jaxtyping import Array, PyTree
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.optim.program import Program, Run
+from qlora_jax.optim.skipping import ApplyIf, Skippable, skippable
 from qlora_jax.placement import leaf_bytes, tree_bytes
 
 # Leaves with fewer elements stay on the device: there is nothing to gain by moving them.
@@ -48,7 +49,7 @@ def paged(
     device_budget_bytes: int | None = None,
     *,
     page_bytes: int = PAGE_BYTES,
-) -> optax.GradientTransformation:
+) -> Skippable:
     """The same optimizer with as much of its state on the device as the budget allows.
 
     Updates are equal to the inner transformation's to the bit, wherever the state lies. The state
@@ -85,6 +86,7 @@ def paged(
             known[key] = _Pages(inner, params, page_bytes)
         return known[key]
 
+    inner = skippable(inner)
     known: dict[Any, _Pages] = {}
 
     def init(params: PyTree) -> optax.OptState:
@@ -105,11 +107,15 @@ def paged(
         return program.out_tree.unflatten(leaves)
 
     def update(
-        updates: PyTree, state: optax.OptState, params: PyTree | None = None
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        *,
+        apply_if: ApplyIf = True,
     ) -> tuple[PyTree, optax.OptState]:
         pages = cut(updates)
         host = pages.on_host(device_budget_bytes)
-        run = Run(pages.program(inner, updates, state, params))
+        run = Run(pages.program(inner, updates, state, params, apply_if))
         gradients, treedef = jax.tree.flatten(updates)
         weights = jax.tree.leaves(params)
         leaves, state_treedef = jax.tree.flatten(state)
@@ -117,6 +123,8 @@ def paged(
         first_weight = first_state + len(leaves)
         for i in pages.shared:
             run.give(first_state + i, lambda leaf=leaves[i]: leaf)
+        if apply_if is not True:
+            run.give(-1, lambda: apply_if)
         # Clipped and so on before the first page, not anew in every page.
         gradients = [jax.lax.optimization_barrier(x) for x in gradients]
         streamed: list[Array] = []
@@ -145,7 +153,7 @@ def paged(
             leaves[i] = run.value(first_state + i)
         return treedef.unflatten(gradients), state_treedef.unflatten(leaves)
 
-    return optax.GradientTransformation(init, update)
+    return Skippable(init, update)
 
 
 def check_paging(make: Callable[[int | None], optax.GradientTransformation]) -> bool:
@@ -272,15 +280,22 @@ class _Pages:
 
     def program(
         self,
-        inner: optax.GradientTransformation,
+        inner: Skippable,
         updates: PyTree,
         state: optax.OptState,
         params: PyTree | None,
+        apply_if: ApplyIf,
     ) -> Program:
-        """The inner transformation over the pages."""
+        """The inner transformation over the pages; its last argument, if any, is `apply_if`."""
         split = self.split(_abstract(updates))
         weights = None if params is None else self.split(_abstract(params))
-        return Program(inner.update, split, _abstract(state), weights)
+        if apply_if is True:
+            return Program(inner.update, split, _abstract(state), weights)
+
+        def update(updates, state, params, apply_if):
+            return inner.update(updates, state, params, apply_if=apply_if)
+
+        return Program(update, split, _abstract(state), weights, _abstract(apply_if))
 
 
 def _abstract(tree: PyTree) -> PyTree:

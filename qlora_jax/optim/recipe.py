@@ -19,6 +19,7 @@ import optax
 from qlora_jax.errors import ConfigError
 from qlora_jax.optim.adamw8bit import adamw8bit
 from qlora_jax.optim.paged import paged
+from qlora_jax.optim.skipping import Skippable, skippable
 
 OPTIMIZERS = ("adamw", "adamw8bit", "lion")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -75,7 +76,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     max_grad_norm: float = 0.3,
     state_budget: int | None = None,
-) -> optax.GradientTransformation:
+) -> Skippable:
     """Clip by the global norm, then AdamW or another.
 
     The moments of AdamW and Lion are in float32 also for adapters in 16 bits: with `b2 = 0.999` the
@@ -115,17 +116,18 @@ def make_optimizer(
     tx = paged(tx, state_budget)
     if max_grad_norm == 0:
         return tx
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
+    return Skippable(*optax.chain(optax.clip_by_global_norm(max_grad_norm), tx))
 
 
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _in_float32(inner: optax.GradientTransformation) -> Skippable:
     """The same transformation computing in float32; updates come in the gradients' dtype."""
+    inner = skippable(inner)
 
     def wide(tree):
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def update(updates, state, params=None):
-        found, state = inner.update(wide(updates), state, wide(params))
+    def update(updates, state, params=None, *, apply_if=True):
+        found, state = inner.update(wide(updates), state, wide(params), apply_if=apply_if)
         return jax.tree.map(lambda u, g: u.astype(g.dtype), found, updates), state
 
-    return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
+    return Skippable(lambda params: inner.init(wide(params)), update)

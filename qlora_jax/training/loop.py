@@ -1,8 +1,8 @@
 """The loop over steps: what happens on the host between two of them.
 
 While the device computes a step, the host prepares the next batch. The loop then waits for the loss
-of every step, because a step whose loss is not a number must be the last one: nothing that comes
-after it is worth a checkpoint.
+of every step: one that is not a number is reported with its records, and too many of them end the
+run (`bad_steps.py`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 
-from qlora_jax.data.batches import Batch, BatchIterator
-from qlora_jax.errors import TrainingError
+from qlora_jax.data.batches import BatchIterator
 from qlora_jax.report import Report, memory_in_use
+from qlora_jax.training.bad_steps import BAD_STEPS_NAME, BadSteps
 from qlora_jax.training.interrupts import InterruptWatch
 from qlora_jax.training.step import TrainState
 
-_NAMED_RECORDS = 40
 # Of a step whose memory is planned: the device's, and where the optimizer's state lies.
 _PLACES = ("step_device_bytes", "optimizer_device_bytes", "optimizer_host_bytes")
 
@@ -46,9 +44,10 @@ class Window:
     seconds: float = 0.0
 
     def add(self, metrics: Mapping[str, Any], seconds: float) -> None:
-        """Adds a step."""
-        self.nats += float(metrics["loss"]) * int(metrics["loss_tokens"])
-        self.loss_tokens += int(metrics["loss_tokens"])
+        """Adds a step; one that was skipped has no loss."""
+        if not metrics.get("skipped"):
+            self.nats += float(metrics["loss"]) * int(metrics["loss_tokens"])
+            self.loss_tokens += int(metrics["loss_tokens"])
         self.tokens += int(metrics["tokens"])
         self.seconds += seconds
 
@@ -82,7 +81,7 @@ class Hooks:
         record: (step, row), each step's metrics.
     """
 
-    save: Callable[[int, TrainState, dict[str, int], float], None]
+    save: Callable[[int, TrainState, dict[str, int], float | None], None]
     evaluate: Callable[[TrainState], float]
     record: Callable[[int, dict[str, float]], None]
 
@@ -98,7 +97,8 @@ def run_steps(
     intervals: Intervals,
     hooks: Hooks,
     report: Report,
-) -> tuple[TrainState, float]:
+    bad_steps: BadSteps,
+) -> tuple[TrainState, float | None]:
     """Takes steps until `total` are done, counting those that `state` already has behind it.
 
     Args:
@@ -111,16 +111,17 @@ def run_steps(
         intervals: when to log, save and evaluate.
         hooks: how to save, evaluate and record.
         report: prints the log lines.
+        bad_steps: looks at each step; has seen those that `state` has behind it.
 
     Returns:
-        The last state, and the loss of the last line.
+        The last state, and the loss of the last line; None if no step had one.
 
     Raises:
-        TrainingError: a loss or gradient is not finite. That step is not saved.
+        TrainingError: too many steps in a row had a loss or gradient that is not finite.
         KeyboardInterrupt: after Ctrl-C, when the state is saved.
     """
     start, window = int(state.step), Window()
-    batch, spent, loss = next(batches), 0.0, math.nan
+    batch, spent, loss = next(batches), 0.0, None
     with InterruptWatch() as watch:
         for step in range(start + 1, total + 1):
             position = batches.state()
@@ -129,10 +130,11 @@ def run_steps(
             following = next(batches)  # while the device works
             metrics = jax.device_get(metrics)
             seconds = time.perf_counter() - began
-            check_finite(step, metrics, batch)
+            # The schedule counts the updates that were made.
+            last, rate = step == total, float(schedule(step - 1 - bad_steps.skipped))
+            bad_steps.look(step, metrics, batch)
             window.add(metrics, seconds)
             spent += seconds
-            last, rate = step == total, float(schedule(step - 1))
             row = {
                 "loss": float(metrics["loss"]),
                 "learning_rate": rate,
@@ -141,17 +143,18 @@ def run_steps(
                 "loss_tokens": int(metrics["loss_tokens"]),
                 "tokens_per_second": int(metrics["tokens"]) / seconds,
                 "memory_bytes": memory_in_use()[0],
+                "skipped_steps": bad_steps.skipped,
             }
             row |= {name: int(metrics[name]) for name in _PLACES if name in metrics}
             if intervals.evaluate and step % intervals.evaluate == 0 and not last:
                 row["heldout_loss"] = hooks.evaluate(state)
             hooks.record(step, row)
             if step == start + 1 or step % intervals.log == 0 or last:
-                loss = window.loss
+                loss = window.loss if window.loss_tokens else loss
                 report.step(
                     step=step,
                     steps=total,
-                    loss=loss,
+                    loss=math.nan if loss is None else loss,
                     learning_rate=rate,
                     grad_norm=row["grad_norm"],
                     tokens_per_second=window.tokens_per_second,
@@ -160,37 +163,17 @@ def run_steps(
                     heldout=row.get("heldout_loss"),
                 )
                 window = Window()
-            if last or watch.requested or step % intervals.save == 0:
+            # Not among bad steps: where these are for good, older checkpoints must not make room.
+            due = step % intervals.save == 0 and not bad_steps.in_a_row
+            if last or watch.requested or due:
                 hooks.save(step, state, position, loss)
             if watch.requested and not last:
                 report.interrupted(step, total)
                 raise KeyboardInterrupt
             batch = following
+    if bad_steps.skipped:
+        report.line(
+            f"{bad_steps.skipped} of {total} steps were skipped (see {BAD_STEPS_NAME})",
+            style="yellow",
+        )
     return state, loss
-
-
-def check_finite(step: int, metrics: Mapping[str, Any], batch: Batch) -> None:
-    """Stops at a loss or a gradient that is not a number.
-
-    Args:
-        step: its number, for the message.
-        metrics: of the step, on the host.
-        batch: what the step was taken on.
-
-    Raises:
-        TrainingError: naming the step and the records of the microbatches whose loss is not finite
-            (of all, if only the gradient is not).
-    """
-    bad = ~np.isfinite(metrics["microbatch_nats"])
-    if not bad.any() and math.isfinite(metrics["grad_norm"]):
-        return
-    what = "loss" if bad.any() else "gradient"
-    chosen = [ids for ids, is_bad in zip(batch.record_ids, bad, strict=True) if is_bad]
-    names = [name for ids in chosen or batch.record_ids for name in ids]
-    more = f" and {len(names) - _NAMED_RECORDS} more" if len(names) > _NAMED_RECORDS else ""
-    raise TrainingError(
-        f"step {step}: the {what} is not a finite number (loss {metrics['loss']}, gradient norm "
-        f"{metrics['grad_norm']}), with these records: {', '.join(names[:_NAMED_RECORDS])}{more}. "
-        "Nothing of this step is kept. Look at the records (scripts/inspect_data.py), lower "
-        "optimizer.learning_rate, or set model.compute_dtype to float32"
-    )

@@ -25,10 +25,11 @@ from qlora_jax.checkpoint import HELDOUT_LOSS
 from qlora_jax.data.batches import BatchIterator, eval_batches, row_lengths
 from qlora_jax.errors import TrainingError
 from qlora_jax.generation import generate
-from qlora_jax.metrics import MetricsWriter, plot_loss
+from qlora_jax.metrics import MetricsWriter, plot_loss, read_metrics
 from qlora_jax.neftune import add_embedding_noise
 from qlora_jax.placement import tree_bytes
 from qlora_jax.report import Report, describe_frozen, format_bytes, format_count, measure
+from qlora_jax.training.bad_steps import BadSteps
 from qlora_jax.training.building import (
     build_model,
     build_optimizer,
@@ -81,8 +82,8 @@ def train(
 
     Raises:
         ConfigError: a field cannot be used, or differs from the run that `workdir` holds.
-        TrainingError: the directory cannot be written to, another process trains there, or a loss
-            is not a finite number.
+        TrainingError: the directory cannot be written to, another process trains there, or too
+            many losses in a row are not finite numbers.
         KeyboardInterrupt: after Ctrl-C, when the state is saved.
 
     >>> result = train(config, "runs/first")  # doctest: +SKIP
@@ -257,6 +258,13 @@ class _Run:
         writer = MetricsWriter(self.directory.path, resume_step=int(self.state.step))
         if self.before["loss"] is not None:
             writer.write(0, {"heldout_loss": self.before["loss"]})
+        bad_steps = BadSteps(
+            self.directory.path,
+            most_skipped=config.train.max_skipped_steps,
+            report=self.report,
+            resume_step=int(self.state.step),
+            rows=read_metrics(self.directory.path),
+        )
 
         def record(step: int, row: Mapping[str, float]) -> None:
             writer.write(step, row)
@@ -278,11 +286,14 @@ class _Run:
                 ),
                 hooks=Hooks(self._save, self._evaluate, record),
                 report=self.report,
+                bad_steps=bad_steps,
             )
         finally:
             writer.close()
 
-    def _save(self, step: int, state: TrainState, position: dict[str, int], loss: float) -> None:
+    def _save(
+        self, step: int, state: TrainState, position: dict[str, int], loss: float | None
+    ) -> None:
         found = {"batches": position, "before": self.before, "train_loss": loss}
         self.checkpoints.save(step, state, found | {HELDOUT_LOSS: self.heldout.get(step)})
 

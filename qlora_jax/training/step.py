@@ -14,6 +14,9 @@ donated, so the new adapter and moments take the memory of the old.
 Dropout draws from keys that are a pure function of (seed, step, microbatch). A resumed run
 therefore drops what an uninterrupted one would have dropped.
 
+A step whose loss or gradient is not a finite number is *skipped*: adapter and optimizer state come
+out with the bits that went in, only the step counts (see `qlora_jax.optim.skipping`).
+
 float16 (GPUs without bfloat16) needs no loss scaling here: the backward pass starts from the summed
 loss, whose gradient per logit is of order 1, and the division comes after it, in float32.
 """
@@ -33,6 +36,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from pallas_kernels.devices import compiler_options, release_unused_memory
 from qlora_jax.flax_nnx import HEAD_NAMES, set_dropout_keys
 from qlora_jax.losses import chunked_cross_entropy, next_token_targets
+from qlora_jax.optim.skipping import select, skippable
 
 Batch = Mapping[str, Array]
 LossFn = Callable[[nnx.Module, Batch], tuple[Float[Array, ""], Int[Array, ""]]]
@@ -44,7 +48,7 @@ class TrainState:
     """Everything an optimizer step changes, and all that a checkpoint must hold of the device.
 
     Attributes:
-        step: int32 scalar, the number of optimizer updates done.
+        step: int32 scalar, the number of optimizer steps done, skipped ones among them.
         lora: the trainable tree (nested dicts of arrays, see `qlora_jax.lora`).
         opt_state: of the optax transformation.
         key: the run's PRNG key. It never changes; per-step keys are folded out of it.
@@ -143,9 +147,11 @@ def make_train_step(
     Returns:
         `step(state, frozen, batch) -> (state, metrics)`. `batch` holds arrays [A, B, T]; `state` is
         donated. `metrics`: the scalars `loss` (mean nats per token that carries loss), `grad_norm`
-        (global, before clipping), `loss_tokens`, `tokens` (all that are not padding), and
-        `microbatch_nats` [A], the summed loss of each microbatch.
+        (global, before clipping), `loss_tokens`, `tokens` (all that are not padding), `skipped`
+        (bool: loss or gradient is not finite), and `microbatch_nats` [A], the summed loss of each
+        microbatch.
     """
+    tx = skippable(tx)
 
     def micro_loss(lora: PyTree, frozen: nnx.State, key: Array, microbatch: Batch):
         model = nnx.merge(graphdef, lora, set_dropout_keys(frozen, key))
@@ -177,13 +183,16 @@ def make_train_step(
         (loss_sum, loss_tokens), grad_sum = sums
         count = jnp.maximum(loss_tokens, 1).astype(jnp.float32)
         mean_grads = jax.tree.map(lambda g: g / count, grad_sum)
+        grad_norm = optax.tree.norm(mean_grads)
+        finite = jnp.isfinite(grad_norm) & jnp.all(jnp.isfinite(microbatch_nats))
         with jax.named_scope("optimizer"):
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), mean_grads, state.lora)
-            updates, opt_state = tx.update(grads, state.opt_state, state.lora)
-            lora = optax.apply_updates(state.lora, updates)
+            updates, opt_state = tx.update(grads, state.opt_state, state.lora, apply_if=finite)
+            lora = select(finite, optax.apply_updates(state.lora, updates), state.lora)
         metrics = {
             "loss": loss_sum / count,
-            "grad_norm": optax.tree.norm(mean_grads),
+            "grad_norm": grad_norm,
+            "skipped": ~finite,
             "loss_tokens": loss_tokens,
             "tokens": sum(jnp.sum(x > 0) for name, x in batch.items() if "segment_ids" in name),
             "microbatch_nats": microbatch_nats,

@@ -4,6 +4,7 @@
     checkpoints/    see `qlora_jax.checkpoint`
     subtracted.safetensors   only with PiSSA and the like, see `qlora_jax.subtraction`
     metrics.jsonl   see `qlora_jax.metrics` (also tensorboard/ and loss.png)
+    bad_steps.jsonl only after a skipped step or a loss spike, see `bad_steps.py`
     result.json     written last: a run is finished when it is there
     README.md       the model card
     .lock           locked by the process that trains here
@@ -36,6 +37,7 @@ _MAY_CHANGE = (
     "train.steps",
     "train.epochs",
     "train.log_every",
+    "train.max_skipped_steps",
     "data.cache_dir",
     "optimizer.device_budget_gb",
     "eval",
