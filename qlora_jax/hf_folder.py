@@ -13,6 +13,7 @@ from typing import Any
 
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import WeightsError
+from qlora_jax.guarded_files import MAX_TOKENIZER_BYTES, parse_json, read_guarded
 from qlora_jax.loading import read_config, read_tokenizer
 from qlora_jax.models.hf_config import to_hf
 from qlora_jax.weights import Checkpoint
@@ -75,7 +76,9 @@ def companion_files(source: Checkpoint, tokenizer: Tokenizer | None = None) -> d
     """
     if source.style == "hf":  # which need not have a tokenizer, to be packed
         paths = [source.path / name for name in _COMPANIONS]
-        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+        files = {
+            path.name: read_guarded(path, MAX_TOKENIZER_BYTES) for path in paths if path.is_file()
+        }
     else:
         files = {name: text.encode() for name, text in read_tokenizer(source).to_files().items()}
     if tokenizer is not None and tokenizer.chat_template != read_tokenizer(source).chat_template:
@@ -87,7 +90,7 @@ def _chat_format(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, 
     """The files that say how conversations are written, with another template in them."""
 
     def read(name: str) -> dict[str, Any]:
-        return json.loads(files.get(name, b"{}"))
+        return parse_json(files.get(name, b"{}"))
 
     settings = read("tokenizer_config.json")
     settings.pop("chat_template", None)

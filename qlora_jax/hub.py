@@ -18,13 +18,13 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import json
 import pathlib
 import re
 from collections.abc import Sequence
 from typing import Literal
 
 from qlora_jax import errors
+from qlora_jax.guarded_files import MAX_INDEX_BYTES, read_json_object
 
 try:  # the optional extra "hub"
     import huggingface_hub
@@ -271,8 +271,11 @@ def _is_whole(folder: pathlib.Path) -> bool:
 def _shards(index: pathlib.Path) -> list[str]:
     """The files that an index names; whoever opens the folder checks the rest of it."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted(set(weight_map.values()))
+        weight_map = read_json_object(index, MAX_INDEX_BYTES)["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        if any(pathlib.PurePath(shard).name != shard for shard in shards):
+            raise ValueError("a shard lies in another folder")
+        return shards
     except (ValueError, TypeError, KeyError, AttributeError):
         raise errors.WeightsError(f"{index} has no 'weight_map' from tensors to files") from None
 

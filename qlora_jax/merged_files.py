@@ -39,7 +39,7 @@ from qlora_jax.weights.gguf import permute_rows, permuted_heads
 from qlora_jax.weights.gguf_writing import write_gguf
 from qlora_jax.weights.names import tensor_name
 from qlora_jax.weights.packed import MixedFormat
-from qlora_jax.weights.safetensors import read_header
+from qlora_jax.weights.safetensors_header import read_header
 from qlora_jax.weights.writing import JOURNAL, FolderWriter, Piece, TensorSpec, split_into_files
 
 Progress = Callable[[int, int, str], None]

@@ -50,7 +50,7 @@ from qlora_jax.weights.fused import FUSED_NAMINGS
 from qlora_jax.weights.matching import match_tensors, read_slot
 from qlora_jax.weights.names import naming_of, tensor_name
 from qlora_jax.weights.packed import all_kinds
-from qlora_jax.weights.safetensors import DTYPE_NAMES, read_header
+from qlora_jax.weights.safetensors_header import DTYPE_NAMES, read_header
 from qlora_jax.weights.stacked import INDEX, PARTS, VERSIONS, map_entry
 from qlora_jax.weights.writing import FolderWriter, Piece, TensorSpec, split_into_files
 

@@ -33,7 +33,7 @@ from qlora_jax.peft_layers import Layer, PeftStack, layers_of, peft_stacks
 from qlora_jax.tree import join_path
 from qlora_jax.weights.peft import open_adapter, read_adapter_tensor, tensor_names, write_adapter
 from qlora_jax.weights.peft_config import PeftConfig
-from qlora_jax.weights.safetensors import Entry
+from qlora_jax.weights.safetensors_header import Entry
 
 Entries = Mapping[str, tuple[Entry, ...]]
 

@@ -29,7 +29,8 @@ from qlora_jax.nnx_linear import QLoRALinear, SubtractedParam
 from qlora_jax.tree import join_path
 from qlora_jax.weight_inits import init_from_weight, subtract
 from qlora_jax.weights import Slot
-from qlora_jax.weights.safetensors import read_entry, read_header
+from qlora_jax.weights.safetensors import read_entry
+from qlora_jax.weights.safetensors_header import read_header
 
 SUBTRACTED_FILE = "subtracted.safetensors"
 Adapters = dict[str, Adapter]

@@ -11,7 +11,8 @@ from llama_models import GOLDEN
 
 import qlora_jax as ql
 from qlora_jax.errors import ConfigError
-from qlora_jax.weights.safetensors import read_entry, read_header
+from qlora_jax.weights.safetensors import read_entry
+from qlora_jax.weights.safetensors_header import read_header
 
 
 def slow(*values):

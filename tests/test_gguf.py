@@ -11,7 +11,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from qlora_jax.errors import WeightsError
-from qlora_jax.weights.gguf import SUPPORTED_TYPES, GGUFCheckpoint, unpermute_rows
+from qlora_jax.weights.gguf import GGUFCheckpoint, unpermute_rows
+from qlora_jax.weights.gguf_header import SUPPORTED_TYPES
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "gguf.npz"
 

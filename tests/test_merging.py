@@ -23,7 +23,7 @@ from qlora_jax.streaming import StreamedModel
 from qlora_jax.subtraction import set_subtracted
 from qlora_jax.vocabulary import quantize_vocabulary
 from qlora_jax.weights import Slot, open_checkpoint
-from qlora_jax.weights.safetensors import read_header
+from qlora_jax.weights.safetensors_header import read_header
 
 IDS = np.random.default_rng(1).integers(0, 20, (2, 20))
 BATCH = {

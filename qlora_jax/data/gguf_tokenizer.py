@@ -6,6 +6,7 @@ wrong, so only names are accepted whose rule is known. The rules below are those
 original `tokenizer.json`, which llama.cpp's name stands for.
 """
 
+import array
 from typing import Any
 
 from tokenizers import (
@@ -19,7 +20,10 @@ from tokenizers import (
 )
 
 from qlora_jax.errors import WeightsError
+from qlora_jax.text_array import TextArray
 
+_KINDS = ("gpt2", "llama")
+_LONGEST_TOKEN = 1024  # characters; all ways to cut a token in two are looked at
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
 
 # Runs of up to three digits for Llama 3, single digits for Qwen 2.
@@ -52,11 +56,16 @@ def build_gguf_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
       qlora_jax.errors.WeightsError: the GGUF file's tokenizer is of the kind 'bert'; supported...
     """
     kind = metadata.get("tokenizer.ggml.model")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
+    tokens = _array(metadata, "tokens", str)
+    if not tokens:
         raise WeightsError(
             "the GGUF file has no tokenizer (tokenizer.ggml.tokens). Take a file that was "
             "converted with its vocabulary."
+        )
+    if longest := max((t for t in tokens if len(t) > _LONGEST_TOKEN), key=len, default=""):
+        raise WeightsError(
+            f"the GGUF file's tokenizer has a token of {len(longest)} characters, expected are at "
+            f"most {_LONGEST_TOKEN}: it is damaged. Download it again."
         )
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
@@ -64,22 +73,36 @@ def build_gguf_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
             f"the GGUF file's tokenizer has {len(tokens) - len(vocab)} tokens twice; the ids of a "
             "text would not be certain. Convert the model again with a current llama.cpp."
         )
-    if kind == "gpt2":
-        tokenizer = _byte_level(metadata, vocab)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(metadata, vocab)
-    else:
+    if kind not in _KINDS:
         raise WeightsError(
             f"the GGUF file's tokenizer is of the kind {kind!r}; supported are 'gpt2' (byte-level "
             "BPE) and 'llama' (SentencePiece BPE). Use the model's Hugging Face folder instead."
         )
-    types = metadata.get("tokenizer.ggml.token_type") or []
+    try:
+        build = _byte_level if kind == "gpt2" else _sentencepiece
+        tokenizer = build(metadata, vocab)
+    except WeightsError:
+        raise
+    except Exception as error:  # the library raises plain Exception for what it does not take
+        raise WeightsError(
+            f"the GGUF file's tokenizer cannot be built: {error}. Download it again."
+        ) from None
+    types = _array(metadata, "token_type", int)
     pairs = list(zip(tokens, types, strict=False))
     special = [token for token, kind in pairs if kind in (_UNKNOWN, _CONTROL)]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     whole = [token for token, kind in pairs if kind == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
     return tokenizer
+
+
+def _array(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
+    """An array of the metadata as a list; empty where there is none of that kind."""
+    values = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(values, list | array.array | TextArray):
+        return []
+    values = list(values)
+    return values if all(isinstance(value, kind) for value in values) else []
 
 
 def adds_bos(metadata: dict[str, Any]) -> bool:
@@ -115,7 +138,7 @@ def _byte_level(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
         )
     if "tokenizer.ggml.merges" not in metadata:
         raise WeightsError("the GGUF file's tokenizer has no merges (tokenizer.ggml.merges).")
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in _array(metadata, "merges", str)]
     is_llama3 = rule in _LLAMA3_NAMES
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=is_llama3))
     if rule == "smollm":
@@ -140,8 +163,8 @@ def _byte_level(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
 
 def _sentencepiece(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
     """SentencePiece's BPE as BPE with byte fallback; its scores become an order of merges."""
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(vocab):
+    scores = _array(metadata, "scores", float)
+    if len(scores) != len(vocab):
         raise WeightsError("the GGUF file's tokenizer has no score for each token.")
     merges = merges_from_scores(vocab, scores)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))

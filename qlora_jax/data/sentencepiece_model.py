@@ -10,7 +10,9 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from qlora_jax.errors import WeightsError
+from qlora_jax.guarded_files import read_guarded
 
+_MAX_BYTES = 32 << 20  # mT5's has 4.3 MB
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 
@@ -27,7 +29,7 @@ def build_sentencepiece_tokenizer(path: pathlib.Path, extra_ids: int = 0) -> tok
     """
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(read_guarded(path, _MAX_BYTES))
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
     except DecodeError:

@@ -19,6 +19,7 @@ from qlora_jax.data.chat_template import render_chat_template
 from qlora_jax.data.gguf_tokenizer import adds_bos, build_gguf_tokenizer
 from qlora_jax.data.sentencepiece_model import build_sentencepiece_tokenizer
 from qlora_jax.errors import DataError, WeightsError
+from qlora_jax.guarded_files import MAX_TOKENIZER_BYTES, read_guarded, read_json_object
 
 # A model may end its turn with another token than the one its files name (SmolLM2 and Qwen name one
 # of the two). These mean the end wherever they are control tokens.
@@ -31,6 +32,7 @@ _END_TOKENS = (
     "<|end|>",
     "</s>",
 )
+_MOST_EXTRA_IDS = 10_000
 
 
 class Tokenizer:
@@ -328,9 +330,12 @@ def _load_backend(file: pathlib.Path) -> tokenizers.Tokenizer:
                 "with transformers: `AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
             )
         raise WeightsError(f"{file} (the tokenizer) is missing.{hint}")
+    raw = read_guarded(file, MAX_TOKENIZER_BYTES)
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception for anything wrong
+        return tokenizers.Tokenizer.from_buffer(raw)
+    except BaseException as error:  # plain Exception for anything wrong, or a panic of Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise WeightsError(
             f"{file} cannot be read as a tokenizer: {error}. Download it again."
         ) from None
@@ -340,20 +345,22 @@ def _extra_ids(folder: pathlib.Path) -> int:
     """How many sentinels T5's tokenizer adds: what its files say, else 100, and none for mT5."""
     said = _read_json(folder / "tokenizer_config.json").get("extra_ids")
     is_t5 = _read_json(folder / "config.json").get("model_type") == "t5"
-    return (100 if is_t5 else 0) if said is None else int(said)
+    if said is None:
+        return 100 if is_t5 else 0
+    if type(said) is not int or not 0 <= said <= _MOST_EXTRA_IDS:
+        raise WeightsError(
+            f"{folder / 'tokenizer_config.json'} has extra_ids {said!r}, expected is a number from "
+            f"0 to {_MOST_EXTRA_IDS}. Download it again."
+        )
+    return said
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads an optional JSON object; a file that is not there counts as empty."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError:
         return {}
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path} is not valid JSON: {error}. Download it again.") from None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} holds {type(value).__name__}, not a JSON object.")
-    return value
 
 
 def _content(token: Any) -> str | None:
@@ -370,9 +377,17 @@ def _find_template(folder: pathlib.Path, settings: dict[str, Any]) -> str | None
     """Finds the chat template: its own file, or the configuration's, one or several by name."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return read_guarded(file).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise WeightsError(f"{file} is not UTF-8: {error}. Download it again.") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {item["name"]: item["template"] for item in template}
-        return named.get("default")
+        named = [item for item in template if isinstance(item, dict)]
+        template = next((t.get("template") for t in named if t.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise WeightsError(
+            f"{folder / 'tokenizer_config.json'} has a chat_template that is no text but "
+            f"{type(template).__name__}. Download it again."
+        )
     return template

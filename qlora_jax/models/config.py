@@ -6,8 +6,10 @@ defaults of its own family (transformers writes only some of them), and what thi
 is refused here, before any weight is read.
 """
 
+import array
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from qlora_jax.errors import WeightsError
@@ -22,6 +24,23 @@ _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+_MOST_LAYERS, _LARGEST_SIZE = 4096, 1 << 24
+
+
+def _explained(read: Callable) -> Callable:
+    """Says of whatever a value of the wrong kind led to that the configuration is the reason."""
+
+    @functools.wraps(read)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        try:
+            return read(*args, **options)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"the model's configuration has a value of the wrong kind: {error}. Take the "
+                "complete configuration that belongs to the weights."
+            ) from error
+
+    return wrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +116,8 @@ class LlamaConfig:
     model_type: str = "llama"
 
     def __post_init__(self):
+        for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            _check_size(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise WeightsError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -106,6 +127,7 @@ class LlamaConfig:
             raise WeightsError(f"head_dim={self.head_dim} must be even for rotary embeddings.")
 
     @classmethod
+    @_explained
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Reads the dict of a Hugging Face `config.json`.
 
@@ -133,10 +155,11 @@ class LlamaConfig:
                 "expected the complete config.json that belongs to the weights."
             )
         for key in _REQUIRED:
-            if not isinstance(values[key], int):
+            if type(values[key]) is not int:
                 raise WeightsError(
                     f"config.json has {key} {values[key]!r}, which must be a whole number."
                 )
+            _check_size(key, values[key])
         heads = values["num_attention_heads"]
         return cls(
             **{key: values[key] for key in _REQUIRED},
@@ -153,6 +176,7 @@ class LlamaConfig:
         )
 
     @classmethod
+    @_explained
     def from_gguf(
         cls,
         metadata: Mapping[str, Any],
@@ -186,6 +210,7 @@ class LlamaConfig:
         if arch not in families.GGUF_ARCHITECTURES or metadata.get(f"{arch}.expert_count"):
             raise _unsupported(f"the GGUF file has general.architecture {arch!r}", metadata, arch)
         heads = _gguf(metadata, arch, "attention.head_count")
+        _check_size("attention.head_count", heads)
         hidden = _gguf(metadata, arch, "embedding_length")
         head_dim = metadata.get(f"{arch}.attention.key_length") or hidden // heads
         if metadata.get(f"{arch}.rope.dimension_count", head_dim) != head_dim:
@@ -224,6 +249,16 @@ class LlamaConfig:
         )
 
 
+def _check_size(name: str, value: int) -> None:
+    """Refuses what would be computed with before any tensor is looked at."""
+    largest = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST_SIZE
+    if not isinstance(value, int) or not 1 <= value <= largest:
+        raise WeightsError(
+            f"the model's configuration has {name} {value!r}, expected is a whole number from 1 "
+            f"to {largest}: it is damaged. Download it again."
+        )
+
+
 def _unsupported(
     found: str, metadata: Mapping[str, Any] | None = None, arch: str | None = None
 ) -> WeightsError:
@@ -241,7 +276,7 @@ def _gguf(metadata: Mapping[str, Any], arch: str, key: str, default: Any = None)
     value = metadata.get(f"{arch}.{key}", default)
     if value is None:
         raise WeightsError(f"the GGUF file's metadata has no {arch}.{key}: the file is incomplete.")
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | array.array):
         raise WeightsError(
             f"the GGUF file's {arch}.{key} differs between layers ({value}); only models whose "
             "layers all have the same shape are supported."

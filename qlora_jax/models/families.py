@@ -5,6 +5,7 @@ the family's default, and say nothing at all of what every model of the family h
 Here each becomes the fields of `models.config.LlamaConfig`, which calls these functions.
 """
 
+import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -312,7 +313,7 @@ def gguf_values(
     large = (arch, layers) in (("gemma2", 46), ("gemma3", 62))
     values["query_pre_attn_scalar"] = hidden_a_head if large else head_dim
     pattern = metadata.get(f"{arch}.attention.sliding_window_pattern")
-    if isinstance(pattern, list):  # whether a layer has the window
+    if isinstance(pattern, list | array.array):  # whether a layer has the window
         values["layer_types"] = ["sliding_attention" if w else "full_attention" for w in pattern]
     elif pattern:
         values["pattern"] = pattern

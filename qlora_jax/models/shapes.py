@@ -6,13 +6,13 @@ decide how many numbers there are and how they are computed.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax import errors
 from qlora_jax.files import resolve_path
+from qlora_jax.guarded_files import read_json_object
 from qlora_jax.models.kinds import Shape, read_shape
 
 
@@ -230,11 +230,6 @@ def model_config(spec: str) -> Mapping[str, Any] | None:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except OSError as error:
         raise errors.WeightsError(f"{path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise errors.WeightsError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise errors.WeightsError(f"{path} holds {type(values).__name__}, needed is an object")
-    return values

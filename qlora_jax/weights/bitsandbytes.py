@@ -35,15 +35,18 @@ from pallas_kernels.formats import (
     planar_to_interleaved,
 )
 from qlora_jax.errors import WeightsError
+from qlora_jax.guarded_files import parse_json
 from qlora_jax.quantized import QuantizedTensor
 from qlora_jax.weights.files import read_array
 from qlora_jax.weights.fused import FUSED_NAMINGS
 from qlora_jax.weights.packed import PackedFormat
-from qlora_jax.weights.safetensors import DTYPES, Entry, SafetensorsCheckpoint, read_entry
+from qlora_jax.weights.safetensors import SafetensorsCheckpoint, read_entry
+from qlora_jax.weights.safetensors_header import DTYPES, Entry
 
 QUANT_TYPES = ("nf4", "fp4")
 STATE = "quant_state.bitsandbytes__"
 _LONGEST_OFFSET = -1.2345678901234567e-100  # no float32 is written with more characters
+_MAX_STATE_BYTES = 4096  # bitsandbytes writes about 200
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -143,13 +146,15 @@ class BitsandbytesCheckpoint(SafetensorsCheckpoint):
 
     def _check(self, name: str, quant_type: str, entry: Entry) -> _State:
         """Reads and checks the JSON of a weight; errors are sentences without a subject."""
-        said = json.loads(read_entry(entry).tobytes().decode())
+        if entry.nbytes > _MAX_STATE_BYTES:
+            raise ValueError(f"it has {entry.nbytes} bytes, at most {_MAX_STATE_BYTES} are needed")
+        said = parse_json(read_entry(entry).tobytes())
         if quant_type not in QUANT_TYPES or said["quant_type"] != quant_type:
             raise ValueError(f"quant_type is {said['quant_type']!r}, the name says {quant_type!r}")
         block_size, shape = said["blocksize"], tuple(said["shape"])
-        if block_size not in BLOCK_SIZES:
+        if type(block_size) is not int or block_size not in BLOCK_SIZES:
             raise ValueError(f"blocksize is {block_size!r}, must be one of {BLOCK_SIZES}")
-        if len(shape) != 2 or not all(isinstance(dim, int) and dim > 0 for dim in shape):
+        if len(shape) != 2 or not all(type(dim) is int and dim > 0 for dim in shape):
             raise ValueError(f"shape is {list(shape)}, must be [out_features, in_features]")
         dtype = DTYPES[_DTYPE_NAMES[said["dtype"]]]
         parts, size = self._parts[name], math.prod(shape)
@@ -168,7 +173,7 @@ class BitsandbytesCheckpoint(SafetensorsCheckpoint):
                 raise ValueError("there are nested scales, but no nested_offset")
             return _State(PackedFormat(quant_type, block_size, False), shape, dtype, *[None] * 3)
         nested_size = said["nested_blocksize"]
-        if not isinstance(nested_size, int) or nested_size < 1:
+        if type(nested_size) is not int or nested_size < 1:
             raise ValueError(f"nested_blocksize is {nested_size!r}")
         offset = np.float32(said["nested_offset"])
         if said["nested_dtype"] != "float32" or not np.isfinite(offset):

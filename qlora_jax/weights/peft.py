@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.errors import WeightsError
+from qlora_jax.guarded_files import check_inside
 from qlora_jax.weights.files import PICKLE_SUFFIXES
 from qlora_jax.weights.peft_config import PeftConfig
-from qlora_jax.weights.safetensors import DTYPE_NAMES, Entry, read_entry, read_header, read_json
+from qlora_jax.weights.safetensors import read_entry, read_json
+from qlora_jax.weights.safetensors_header import DTYPE_NAMES, Entry, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -70,6 +72,7 @@ def open_adapter(
     config = PeftConfig.from_json(_read_config(folder), folder / CONFIG_FILE)
     if not (folder / WEIGHTS_FILE).is_file():
         raise WeightsError(_explain_no_weights(folder))
+    check_inside(folder / WEIGHTS_FILE)
     entries = read_header(folder / WEIGHTS_FILE)
     targets = [module for module in linears if config.targets(module)]
     if not targets:

@@ -1,72 +1,30 @@
 """Hugging Face folders: `config.json` with one or many safetensors files.
 
-A safetensors file is 8 bytes with the header's length, a JSON header of names, dtypes, shapes and
-byte ranges, and the tensors. Reading it here takes thirty lines, gives bfloat16 without torch, and
-keeps no page of the file in memory (see `files.py`).
+What is in a file is said by its header, which is read and checked in `safetensors_header.py`; the
+tensors are then read from their places, one at a time, bfloat16 without torch, and no page of the
+file stays in memory (see `files.py`).
 """
 
-import json
 import math
 import pathlib
-import struct
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from qlora_jax.errors import WeightsError
+from qlora_jax.guarded_files import (
+    MAX_INDEX_BYTES,
+    MAX_JSON_BYTES,
+    check_inside,
+    read_json_object,
+)
 from qlora_jax.models import families
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.weights.files import (
-    PICKLE_SUFFIXES,
-    explain_bytes,
-    file_size,
-    read_array,
-    refuse_pickle,
-)
+from qlora_jax.weights.files import PICKLE_SUFFIXES, read_array, refuse_pickle
 from qlora_jax.weights.fused import FUSED_NAMINGS, find_fused, fused_modules, piece_name
 from qlora_jax.weights.names import naming_of
 from qlora_jax.weights.packed import PackedFormat
-
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
-
-class Entry(NamedTuple):
-    """Where a tensor lies.
-
-    Attributes:
-      path: of the file.
-      offset: of its first byte.
-      shape: of the tensor.
-      dtype: of the tensor.
-      runs: into how many runs of equal length its bytes are divided.
-      step: bytes from the start of one run to that of the next.
-    """
-
-    path: pathlib.Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    runs: int = 1
-    step: int = 0
+from qlora_jax.weights.safetensors_header import Entry, read_header
 
 
 class SafetensorsCheckpoint:
@@ -99,11 +57,16 @@ class SafetensorsCheckpoint:
         self.formats: dict[str, PackedFormat] = {}
         self._entries: dict[str, Entry] = {}
         for file, wanted in _find_shards(path).items():
+            check_inside(file)
             found = read_header(file)
             if wanted is not None and (absent := wanted - found.keys()):
                 raise WeightsError(
                     f"{file} lacks {len(absent)} tensors that model.safetensors.index.json says "
                     f"are in it: {', '.join(sorted(absent)[:10])}. Download both files again."
+                )
+            if twice := self._entries.keys() & found.keys():
+                raise WeightsError(
+                    f"{file} and another file have the tensor {min(twice)!r}. Download them again."
                 )
             self._entries |= found
         self._entries = _split_fused(self._entries, self.config)
@@ -166,18 +129,19 @@ def _split_fused(entries: dict[str, Entry], config: dict[str, Any]) -> dict[str,
     return split
 
 
-def read_json(path: pathlib.Path, purpose: str) -> dict[str, Any]:
+def read_json(path: pathlib.Path, purpose: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Reads a JSON object from a model's folder.
 
     Args:
       path: of the file.
       purpose: what the file is for, for the message.
+      max_bytes: more than such a file has.
 
     Returns:
       The object.
 
     Raises:
-      WeightsError: there is no such file, or it holds no JSON object.
+      WeightsError: there is no such file, it leads out of its folder, or it holds no JSON object.
 
     Example:
       >>> read_json(pathlib.Path("/nowhere/config.json"), "the model's configuration")
@@ -186,17 +150,12 @@ def read_json(path: pathlib.Path, purpose: str) -> dict[str, Any]:
       qlora_jax.errors.WeightsError: /nowhere/config.json (the model's configuration) is missing...
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path, max_bytes)
     except FileNotFoundError:
         raise WeightsError(
             f"{path} ({purpose}) is missing. A Hugging Face model folder holds config.json, "
             "tokenizer.json and model.safetensors (or its shards and index)."
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise WeightsError(f"{path} ({purpose}) is not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} ({purpose}) holds {type(value).__name__}, not a JSON object.")
-    return value
 
 
 def _find_shards(path: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
@@ -207,7 +166,8 @@ def _find_shards(path: pathlib.Path) -> dict[pathlib.Path, set[str] | None]:
         if single.is_file():
             return {single: None}
         raise WeightsError(_explain_no_weights(path))
-    weight_map = read_json(index, "the index of the shards").get("weight_map")
+    said = read_json(index, "the index of the shards", MAX_INDEX_BYTES)
+    weight_map = said.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index} has no 'weight_map' from tensor names to files.")
     shards: dict[pathlib.Path, set[str] | None] = {}
@@ -237,55 +197,3 @@ def _explain_no_weights(path: pathlib.Path) -> str:
         f"{path} has neither model.safetensors nor model.safetensors.index.json (it has {names}). "
         "Give a folder with the model's safetensors files, or a .gguf file."
     )
-
-
-def read_header(path: pathlib.Path) -> dict[str, Entry]:
-    """Reads one file's header and checks that every tensor lies inside the file.
-
-    Args:
-      path: of the file.
-
-    Returns:
-      The place of each tensor by its name.
-
-    Raises:
-      WeightsError: the file is damaged, cut off, or no safetensors file.
-    """
-    refuse_pickle(path)
-    size = file_size(path)
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise WeightsError(explain_bytes(path, "a safetensors file"))
-        if 8 + length > size:
-            raise WeightsError(
-                f"{path} is cut off: its header has {length} bytes, the file only {size}. "
-                "Download it again."
-            )
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        return {name: _parse_entry(path, 8 + length, info) for name, info in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise WeightsError(
-            f"{explain_bytes(path, 'a safetensors file')} Its header cannot be read: {error!r}."
-        ) from None
-
-
-def _parse_entry(path: pathlib.Path, start: int, info: dict[str, Any]) -> Entry:
-    """Turns one header entry into a place in the file."""
-    if (dtype := DTYPES.get(info["dtype"])) is None:
-        raise ValueError(f"unknown dtype {info['dtype']}, known are {', '.join(DTYPES)}")
-    shape = tuple(int(dim) for dim in info["shape"])
-    begin, end = info["data_offsets"]
-    nbytes = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or begin < 0 or end - begin != nbytes:
-        raise ValueError(f"{end - begin} bytes for {info['dtype']} {list(shape)}, not {nbytes}")
-    if start + end > file_size(path):
-        raise WeightsError(
-            f"{path} is cut off: a tensor reaches to byte {start + end}, the file has "
-            f"{file_size(path)}. Download it again."
-        )
-    return Entry(path, start + begin, shape, dtype)

@@ -29,7 +29,8 @@ from qlora_jax.mixed import MixedStack, one_format_each, part_name
 from qlora_jax.quantized import QuantizedTensor, abstract_quantized
 from qlora_jax.weights.files import file_size
 from qlora_jax.weights.packed import MixedFormat, PackedFormat
-from qlora_jax.weights.safetensors import DTYPES, Entry, SafetensorsCheckpoint, read_json
+from qlora_jax.weights.safetensors import SafetensorsCheckpoint, read_json
+from qlora_jax.weights.safetensors_header import DTYPES, Entry
 
 INDEX = "qlora_jax.json"
 VERSIONS = (1, 2)  # 2: layers of a projection may differ
@@ -66,6 +67,8 @@ class StackedCheckpoint(SafetensorsCheckpoint):
         try:
             self.fingerprint = str(index["base_fingerprint"])
             for name, said in index["files"].items():
+                if pathlib.PurePath(name).name != name:
+                    raise ValueError(f"it names the file {name!r}, which is not in that folder")
                 size = file_size(path / name) if (path / name).exists() else None
                 if size != said["bytes"]:
                     raise ValueError(f"{name} has {size} bytes, must have {said['bytes']}")

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_jax.errors import WeightsError
-from qlora_jax.weights.safetensors import DTYPE_NAMES
+from qlora_jax.weights.safetensors_header import DTYPE_NAMES
 
 JOURNAL = ".quantize.jsonl"
 _PARTIAL = ".partial"
