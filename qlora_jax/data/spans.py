@@ -56,9 +56,11 @@ def render_spans(messages: Messages, tokenizer: ChatTokenizer) -> tuple[str, lis
     Raises:
         BadField: if the template raises, or is not prefix-stable.
     """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    tokenizer = _Prefixes(messages, answers, tokenizer)
     text = render(messages, tokenizer)
     spans: list[tuple[int, int]] = []
-    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+    for i in answers:
         span = _find_span(text, messages[: i + 1], tokenizer)
         if span is None or span[0] < (spans[-1][1] if spans else 0) or span[0] == span[1]:
             raise BadField(
@@ -69,6 +71,30 @@ def render_spans(messages: Messages, tokenizer: ChatTokenizer) -> tuple[str, lis
             )
         spans.append(span)
     return text, spans
+
+
+class _Prefixes:
+    """Has the beginnings of one conversation written all at once, by a tokenizer that can do so.
+
+    A conversation of n answers takes 1 + 2 n texts, and each way to where templates are rendered
+    and back takes longer than the rendering.
+    """
+
+    def __init__(self, messages: Messages, answers: Sequence[int], tokenizer: ChatTokenizer):
+        self._messages, self._tokenizer = messages, tokenizer
+        self._texts: dict[tuple[int, bool], str] = {}
+        wanted = {(len(messages), False): None}
+        for i in answers:
+            wanted |= {(i, True): None, (i + 1, False): None}
+        if render_prefixes := getattr(tokenizer, "render_prefixes", None):
+            texts = render_prefixes(messages, list(wanted))
+            self._texts = dict(zip(wanted, texts or (), strict=False))
+
+    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        text = self._texts.get((len(messages), add_generation_prompt))
+        if text is None or list(messages) != list(self._messages[: len(messages)]):
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt)
+        return text
 
 
 def _find_span(text: str, messages: Messages, tokenizer: ChatTokenizer) -> tuple[int, int] | None:

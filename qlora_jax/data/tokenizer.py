@@ -15,7 +15,7 @@ import tokenizers
 import xxhash
 
 from qlora_jax.data.chat_formats import find_chat_format
-from qlora_jax.data.chat_template import render_chat_template
+from qlora_jax.data.chat_template import render_chat_template, render_prefixes
 from qlora_jax.data.gguf_tokenizer import adds_bos, build_gguf_tokenizer
 from qlora_jax.data.sentencepiece_model import build_sentencepiece_tokenizer
 from qlora_jax.errors import DataError, WeightsError
@@ -284,6 +284,15 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             special_tokens=self._special_tokens(),
         )
+
+    def render_prefixes(
+        self, messages: Sequence[Mapping[str, Any]], wanted: Sequence[tuple[int, bool]]
+    ) -> list[str] | None:
+        """Writes several beginnings of a conversation at once; see `chat_template`."""
+        if self.chat_template is None:
+            return None
+        special_tokens = self._special_tokens()
+        return render_prefixes(self.chat_template, messages, wanted, special_tokens=special_tokens)
 
     @property
     def vocab_size(self) -> int:
