@@ -90,7 +90,8 @@ def test_a_round_is_voted_on_once_and_only_when_it_is_complete(tmp_path):
         assert vote(http, key, "tie").json()["error"]["code"] == "no_such_round"
         assert vote(http, ["x"], "tie").status_code == 404
         with http.stream("POST", "/game/rounds", json={"prompt": "slow"}) as response:
-            first = next(response.iter_lines())
+            lines = response.iter_lines()  # httpx hangs up when this is dropped
+            first = next(lines)
             key = json.loads(first.removeprefix("data: "))["round"]
             assert vote(http, key, "a").json()["error"]["code"] == "round_not_complete"
         wait_until(lambda: service.scheduler.running == 0)
