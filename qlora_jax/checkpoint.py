@@ -126,10 +126,14 @@ class Checkpointer:
         losses = {}
         for step in self.steps():
             with contextlib.suppress(CheckpointError):
-                manifest = Manifest.read(self._directory / str(step))
+                manifest = self.manifest(step)
                 loss = manifest and manifest.metadata.get(HELDOUT_LOSS)
                 losses |= {step: loss} if isinstance(loss, float) else {}
         return min(losses, key=losses.get, default=None)
+
+    def manifest(self, step: int) -> Manifest | None:
+        """Returns the manifest of a step, see `Manifest.read`; the rest of it is not looked at."""
+        return Manifest.read(self._directory / str(step))
 
     def missing(self, step: int) -> str | None:
         """Returns the first file that a step lacks, or None."""
@@ -162,7 +166,7 @@ class Checkpointer:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self.clean()
-            self._check_space(sum(leaf.nbytes for leaf in leaves.values()))
+            self._check_space(step, sum(leaf.nbytes for leaf in leaves.values()))
             partial = self._directory / f".{step}.partial-{os.getpid()}"
             context = ocp.Context()
             # In the background Orbax waits 20 minutes for a directory that it could not make.
@@ -345,12 +349,13 @@ class Checkpointer:
             raise DamagedCheckpointError(f"{path} is damaged: it lacks its manifest")
         return None
 
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self._directory).free
-        if free < needed + _SLACK_BYTES:
-            raise OSError(
-                f"it needs {(needed + _SLACK_BYTES) / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB "
-                "are free there"
+    def _check_space(self, step: int, needed: int) -> None:
+        free, needed = shutil.disk_usage(self._directory).free, needed + _SLACK_BYTES
+        if free < needed:
+            raise CheckpointError(
+                f"step {step} cannot be saved to {self._directory}: it needs {needed / 2**20:,.1f} "
+                f"MiB, and {free / 2**20:,.1f} MiB are free there; saved steps: "
+                f"{self.steps() or 'none'}. Make room, then the same command continues"
             )
 
     def _give_name(self, partial: pathlib.Path, step: int) -> None:

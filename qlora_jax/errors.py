@@ -6,12 +6,13 @@ a defect of this project and keeps its traceback.
 """
 
 import difflib
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
-INTERRUPTED_EXIT_CODE = 130
+SIGNAL_EXIT_CODE = 128  # plus the signal's number: 130 after Ctrl-C, 143 after SIGTERM
 
 
 class UserError(Exception):
@@ -46,6 +47,18 @@ class TrainingError(UserError):
     """A run cannot go on, for example because its loss is not a number any more."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal has stopped what was running; `number` says which.
+
+    >>> str(Interrupted(signal.SIGTERM))
+    'stopped by SIGTERM'
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = int(number)
+
+
 def nearest(name: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """Returns the candidate that `name` was most likely meant to be, or None.
 
@@ -69,7 +82,7 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
         main: a function without arguments; what it returns goes to `sys.exit` (None means success).
 
     Raises:
-        SystemExit: always. Code 2 after a `UserError`, 130 after Ctrl-C.
+        SystemExit: always. Code 2 after a `UserError`, 130 after Ctrl-C, 143 after SIGTERM.
 
     Example:
         >>> def main():
@@ -81,9 +94,9 @@ def run_main(main: Callable[[], Any]) -> NoReturn:
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         code = USER_ERROR_EXIT_CODE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED_EXIT_CODE
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        code = SIGNAL_EXIT_CODE + getattr(interrupt, "number", signal.SIGINT)
     sys.exit(code)

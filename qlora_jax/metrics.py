@@ -1,8 +1,10 @@
 """The numbers of a run: one line of JSON a step, the same for TensorBoard, and a picture.
 
-`metrics.jsonl` holds one object a row, with `step` (optimizer steps that are done) first. The keys
-that `plot_loss` knows are `loss`, `heldout_loss` and `learning_rate`; any other key is welcome. A
-number that is not finite is written as null, because JSON knows no NaN.
+The first line of `metrics.jsonl` names the schema and its version; files of before have none, and
+are read as well. Then one object a row, with `step` (optimizer steps that are done) first. `FIELDS`
+says what a run writes; the keys that `plot_loss` knows are `loss`, `heldout_loss` and
+`learning_rate`, and any other key is welcome. Several rows may have the same step. A number that is
+not finite is written as null, because JSON knows no NaN.
 
 A run that resumes from step N takes the rows up to N as they are and cuts those after it: they
 belong to steps whose result was lost and that now come again. So the file has no gap and no repeat,
@@ -21,6 +23,27 @@ import psutil
 import tensorboardX
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from qlora_jax.errors import TrainingError
+
+SCHEMA = "qlora_jax/metrics"
+# Grows when a field changes its meaning or goes, not when one is added.
+SCHEMA_VERSION = 1
+FIELDS = {
+    "step": "optimizer steps that are done",
+    "loss": "of this step, mean nats per token that carries loss",
+    "heldout_loss": "mean nats per token that carries loss, over all held-out records",
+    "learning_rate": "of this step",
+    "grad_norm": "global norm of the gradient, before clipping",
+    "tokens": "in the batch, without padding",
+    "loss_tokens": "of these, how many carry loss",
+    "tokens_per_second": "tokens / seconds of this step",
+    "memory_bytes": "of the device, or of this process where the device does not say",
+    "skipped_steps": "left out up to here because loss or gradient was not a finite number",
+    "step_device_bytes": "planned peak of the compiled step",
+    "optimizer_device_bytes": "of the optimizer's state, on the device",
+    "optimizer_host_bytes": "of the optimizer's state, in the host's memory",
+}
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -52,13 +75,15 @@ class MetricsWriter:
 
         Raises:
             OSError: the files cannot be written.
+            TrainingError: what is there is of a newer version.
         """
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS_NAME
         kept = [row for row in _read_rows(path) if 0 < resume_step >= row["step"]]
         self._written = {(row["step"], key) for row in kept for key in row}
-        _replace(path, "".join(_to_line(row) for row in kept).encode())
+        header = {"schema": SCHEMA, "version": SCHEMA_VERSION}
+        _replace(path, "".join(map(_to_line, [header, *kept])).encode())
         self._file = path.open("a", encoding="utf-8")
         # TensorBoard hides the events of the steps that come again. The suffix: within one second
         # two runs would write to one file.
@@ -124,9 +149,19 @@ def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             # The machine went down in the middle of this row: its step comes again.
             continue
+        if isinstance(row, dict) and row.get("schema") == SCHEMA:
+            _check_version(path, row.get("version"))
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
+
+
+def _check_version(path: pathlib.Path, version: Any) -> None:
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise TrainingError(
+            f"{path} has version {version} of its schema, and this qlora_jax knows "
+            f"{SCHEMA_VERSION}; update qlora_jax"
+        )
 
 
 def _to_line(row: Mapping[str, Any]) -> str:

@@ -268,9 +268,18 @@ class Report:
         )
 
     def interrupted(self, step: int, steps: int) -> None:
-        """After Ctrl-C."""
+        """After Ctrl-C or SIGTERM."""
         self.line(f"\nstopped after step {step} of {steps}; everything is saved.", style="bold")
         self.line("The same command continues where this stopped.")
+
+    def stopped(self, phase: str) -> None:
+        """After a signal that did not wait for a step to be saved."""
+        if phase != "stopped":
+            self.line(
+                f"\nstopped while {phase.partition(':')[0]}; what was saved before is as it was.",
+                style="bold",
+            )
+            self.line("The same command continues.")
 
     def finished(self, workdir: str, steps: int) -> None:
         """When there is nothing left to do."""

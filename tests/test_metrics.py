@@ -13,6 +13,7 @@ from matplotlib import image
 from tensorboardX.proto import event_pb2
 
 from qlora_jax import metrics
+from qlora_jax.errors import TrainingError
 
 
 def _write(workdir, steps, resume_step=0, **more):
@@ -28,8 +29,9 @@ def _steps(workdir):
 def test_rows_come_back(tmp_path):
     with metrics.MetricsWriter(tmp_path / "new" / "run") as writer:
         writer.write(1, {"loss": np.float32(1.5), "tokens": jnp.asarray(7), "note": 2})
-    text = (tmp_path / "new" / "run" / "metrics.jsonl").read_text()
-    assert text == '{"step": 1, "loss": 1.5, "tokens": 7, "note": 2}\n'
+    header, row = (tmp_path / "new" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert header == '{"schema": "qlora_jax/metrics", "version": 1}'
+    assert row == '{"step": 1, "loss": 1.5, "tokens": 7, "note": 2}'
 
 
 def test_a_row_is_on_disk_when_write_returns(tmp_path):
@@ -46,7 +48,7 @@ def test_a_number_that_is_not_finite_is_null(tmp_path):
     def refuse(constant):
         raise AssertionError(constant)
 
-    line = (tmp_path / "metrics.jsonl").read_text()
+    line = (tmp_path / "metrics.jsonl").read_text().splitlines()[1]
     assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": None, "grad_norm": None}
 
 
@@ -54,6 +56,23 @@ def test_resuming_leaves_no_gap_and_no_repeat(tmp_path):
     _write(tmp_path, range(1, 8))
     _write(tmp_path, range(5, 11), resume_step=4)
     assert _steps(tmp_path) == list(range(1, 11))
+
+
+def test_a_file_from_before_the_schema_is_read_and_gets_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    assert metrics.read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}]
+    _write(tmp_path, [2], resume_step=1)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"schema": "qlora_jax/metrics", "version": 1}
+    assert _steps(tmp_path) == [1, 2] and len(lines) == 3
+
+
+def test_a_file_of_a_newer_schema_is_left_alone(tmp_path):
+    newer = '{"schema": "qlora_jax/metrics", "version": 2}\n{"step": 1, "losses": [2.5]}\n'
+    (tmp_path / "metrics.jsonl").write_text(newer)
+    with pytest.raises(TrainingError, match="version 2 of its schema.*knows 1; update qlora_jax"):
+        metrics.MetricsWriter(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == newer
 
 
 def test_resuming_from_nothing_begins_anew(tmp_path):

@@ -265,7 +265,9 @@ def test_a_directory_that_is_trained_in_is_refused_before_anything_is_loaded(
     command = [sys.executable, "-c", code, tmp_path / "run"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(TrainingError, match="another process; wait for it, stop it"):
+        with pytest.raises(
+            TrainingError, match=f"another process .process {other.pid} on .*; wait for it, stop it"
+        ):
             run(config, tmp_path / "run")
         other.kill()
     with Workdir(tmp_path / "run").lock():

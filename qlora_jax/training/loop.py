@@ -17,7 +17,9 @@ import jax
 import optax
 from flax import nnx
 
+from qlora_jax import phases
 from qlora_jax.data.batches import BatchIterator
+from qlora_jax.errors import Interrupted
 from qlora_jax.report import Report, memory_in_use
 from qlora_jax.training.bad_steps import BAD_STEPS_NAME, BadSteps
 from qlora_jax.training.interrupts import InterruptWatch
@@ -77,12 +79,12 @@ class Hooks:
 
     Attributes:
         save: (step, state, position in the data, loss since the last line).
-        evaluate: the held-out loss of a state.
+        evaluate: the held-out loss of a state; None when a signal came before it was known.
         record: (step, row), each step's metrics.
     """
 
     save: Callable[[int, TrainState, dict[str, int], float | None], None]
-    evaluate: Callable[[TrainState], float]
+    evaluate: Callable[[TrainState], float | None]
     record: Callable[[int, dict[str, float]], None]
 
 
@@ -118,7 +120,7 @@ def run_steps(
 
     Raises:
         TrainingError: too many steps in a row had a loss or gradient that is not finite.
-        KeyboardInterrupt: after Ctrl-C, when the state is saved.
+        Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
     """
     start, window = int(state.step), Window()
     batch, spent, loss = next(batches), 0.0, None
@@ -147,7 +149,8 @@ def run_steps(
             }
             row |= {name: int(metrics[name]) for name in _PLACES if name in metrics}
             if intervals.evaluate and step % intervals.evaluate == 0 and not last:
-                row["heldout_loss"] = hooks.evaluate(state)
+                heldout = hooks.evaluate(state)
+                row |= {} if heldout is None else {"heldout_loss": heldout}
             hooks.record(step, row)
             if step == start + 1 or step % intervals.log == 0 or last:
                 loss = window.loss if window.loss_tokens else loss
@@ -169,7 +172,8 @@ def run_steps(
                 hooks.save(step, state, position, loss)
             if watch.requested and not last:
                 report.interrupted(step, total)
-                raise KeyboardInterrupt
+                phases.enter("stopped")
+                raise Interrupted(watch.number)
             batch = following
     if bad_steps.skipped:
         report.line(

@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 from ml_collections import config_dict
 
 from qlora_jax import config as config_lib
 from qlora_jax import hub, phases
 from qlora_jax.checkpoint import HELDOUT_LOSS
-from qlora_jax.data.batches import BatchIterator, eval_batches, row_lengths
+from qlora_jax.data.batches import BatchIterator, row_lengths
 from qlora_jax.errors import TrainingError
 from qlora_jax.generation import generate
 from qlora_jax.metrics import MetricsWriter, plot_loss, read_metrics
@@ -42,14 +41,16 @@ from qlora_jax.training.card import (
     model_card,
     this_python,
 )
+from qlora_jax.training.crash import Progress, TrackedBatches, crash_reported
 from qlora_jax.training.data import describe_data, load_training_data, question_text
 from qlora_jax.training.family import family_of
+from qlora_jax.training.heldout import Heldout
+from qlora_jax.training.interrupts import sigterm_raises
 from qlora_jax.training.loop import Hooks, Intervals, run_steps
 from qlora_jax.training.result import TrainResult, finished_result
 from qlora_jax.training.saving import Resume, RunCheckpoints, check_resume
 from qlora_jax.training.step import (
     TrainState,
-    evaluate_loss,
     init_state,
 )
 from qlora_jax.training.stepping import Steps
@@ -84,7 +85,7 @@ def train(
         ConfigError: a field cannot be used, or differs from the run that `workdir` holds.
         TrainingError: the directory cannot be written to, another process trains there, or too
             many losses in a row are not finite numbers.
-        KeyboardInterrupt: after Ctrl-C, when the state is saved.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when what there is to save is saved.
 
     >>> result = train(config, "runs/first")  # doctest: +SKIP
     """
@@ -94,9 +95,29 @@ def train(
     if result := finished_result(directory, config):
         report.finished(result.workdir, result.steps)
         return result
+    progress = Progress()
     try:
-        with directory.lock():
-            return _Run(config, directory, report, on_step).execute()
+        with sigterm_raises(), crash_reported(directory, progress):
+            return _run_alone(config, directory, report, on_step, progress)
+    except KeyboardInterrupt:
+        report.stopped(phases.current())
+        raise
+
+
+def _run_alone(
+    config: config_dict.ConfigDict,
+    directory: Workdir,
+    report: Report,
+    on_step: OnStep | None,
+    progress: Progress,
+) -> TrainResult:
+    """Trains with the lock of the directory."""
+    try:
+        with directory.lock() as warning:
+            if warning:
+                report.line(warning, style="bold red")
+            directory.clean()
+            return _Run(config, directory, report, on_step, progress).execute()
     except OSError as error:
         if error.filename and not pathlib.Path(error.filename).is_relative_to(directory.path):
             raise
@@ -112,9 +133,10 @@ class _Run:
         directory: Workdir,
         report: Report,
         on_step: OnStep | None,
+        progress: Progress,
     ):
         self.config, self.directory, self.report = config, directory, report
-        self.on_step = on_step
+        self.on_step, self.progress = on_step, progress
         self.checkpoints = RunCheckpoints(config, directory, report)
         phases.enter("loading")
         device = jax.devices()[0]
@@ -129,7 +151,7 @@ class _Run:
         self.family = family_of(model.config, config)
         add_embedding_noise(model, config.train.neftune_alpha, config.seed)
         model.eval()
-        self.eval_graphdef, _, _ = split_model(model)
+        eval_graphdef, _, _ = split_model(model)
         model.train()
         self.graphdef, lora, self.frozen = split_model(model)
         self.size = measure(lora, self.frozen)
@@ -139,6 +161,7 @@ class _Run:
                 config, self.tokenizer, model.config.vocab_size, self.family.tokenize
             )
             notes += ["found from an earlier start"] if self.data.cached else []
+        self.heldout = Heldout(config, self.data.heldout, eval_graphdef, self.frozen, self.family)
         self.batches = BatchIterator(
             self.data.train,
             batch_size=config.train.batch_size,
@@ -162,7 +185,6 @@ class _Run:
         # measured before the first step; travels in the metadata of the checkpoints
         self.before: dict[str, Any] | None = None
         self.train_loss: float | None = None
-        self.heldout: dict[int, float] = {}  # of the step that was measured last
 
     def execute(self) -> TrainResult:
         """The run in the order in which it is printed."""
@@ -247,7 +269,7 @@ class _Run:
             return
         self.batches.restore(found.metadata["batches"])
         self.state, self.before = found.tree, found.metadata["before"]
-        self.train_loss = found.metadata["train_loss"]
+        self.train_loss, self.progress.step = found.metadata["train_loss"], found.step
         self.report.line(f"\ncontinuing after step {found.step} of {self.steps}", style="bold")
 
     def _train(self, step_fn: Callable) -> None:
@@ -266,25 +288,31 @@ class _Run:
             rows=read_metrics(self.directory.path),
         )
 
+        batches = TrackedBatches(self.batches, self.progress)
+        if self.heldout.is_missing(int(self.state.step), self.directory):
+            writer.write(int(self.state.step), {HELDOUT_LOSS: self.heldout.loss(self.state)})
+            phases.enter("training")
+
         def record(step: int, row: Mapping[str, float]) -> None:
             writer.write(step, row)
+            self.progress.step = step
             if self.on_step:
                 self.on_step(step, row)
 
         try:
             self.state, self.train_loss = run_steps(
-                step_fn,
+                batches.tracked(step_fn),
                 self.state,
                 self.frozen,
-                self.batches,
+                batches,
                 total=self.steps,
                 schedule=self.schedule,
                 intervals=Intervals(
                     log=config.train.log_every,
                     save=config.checkpoint.every,
-                    evaluate=config.eval.every if self.data.heldout else 0,
+                    evaluate=self.heldout.every,
                 ),
-                hooks=Hooks(self._save, self._evaluate, record),
+                hooks=Hooks(self._save, self.heldout.within_training, record),
                 report=self.report,
                 bad_steps=bad_steps,
             )
@@ -295,41 +323,19 @@ class _Run:
         self, step: int, state: TrainState, position: dict[str, int], loss: float | None
     ) -> None:
         found = {"batches": position, "before": self.before, "train_loss": loss}
-        self.checkpoints.save(step, state, found | {HELDOUT_LOSS: self.heldout.get(step)})
-
-    def _evaluate(self, state: TrainState) -> float:
-        loss = self._heldout_loss(state)
-        self.heldout = {int(state.step): loss}
-        phases.enter("training")
-        return loss
-
-    def _model(self, state: TrainState) -> nnx.Module:
-        """The model of a state in evaluation mode; it shares the state's arrays."""
-        return nnx.merge(self.eval_graphdef, state.lora, self.frozen)
-
-    def _heldout_loss(self, state: TrainState) -> float:
-        phases.enter("evaluating")
-        batches = eval_batches(
-            self.data.heldout,
-            batch_size=self.config.eval.batch_size,
-            seq_len=self.config.data.max_len,
-            packing=self.config.data.packing,
-            build=self.family.build,
-        )
-        microbatches = ({name: a[0] for name, a in batch.arrays.items()} for batch in batches)
-        return evaluate_loss(self._model(state), microbatches, loss_fn=self.family.loss)
+        self.checkpoints.save(step, state, found | {HELDOUT_LOSS: self.heldout.of_step(step)})
 
     def _measure(self, when: str) -> dict[str, Any]:
         """Held-out loss and one answer, as far as there are held-out records."""
         found: dict[str, Any] = {"loss": None, "answer": None}
         if self.data.heldout:
             with self.report.busy(f"held-out loss {when}") as notes:
-                found["loss"] = self._heldout_loss(self.state)
+                found["loss"] = self.heldout.loss(self.state)
                 notes.append(f"loss {found['loss']:.4f}")
         if self.config.sample.enabled and self.data.question is not None:
             with self.report.busy(f"answering a held-out question {when}"):
                 found["answer"] = generate(
-                    self._model(self.state),
+                    self.heldout.model(self.state),
                     self.tokenizer,
                     [self.data.question],
                     max_new_tokens=self.config.sample.max_new_tokens,

@@ -83,8 +83,9 @@ class RunCheckpoints:
         )
         self._checkpointer.clean()
         self._set_aside(self._checkpointer.find_damaged())
-        if self.exist:
-            directory.check_config(config.to_dict())
+        if self.exist:  # before the base is loaded
+            newest = self._checkpointer.manifest(self._checkpointer.latest_step())
+            directory.check_config(config.to_dict(), newest and newest.metadata.get("config"))
         self._identity: dict[str, Any] = {}
 
     @property
@@ -169,7 +170,6 @@ class RunCheckpoints:
     def _check(self, saved: Mapping[str, Any]) -> None:
         """Compares what a step belongs to with what this run has; older versions saved less."""
         now, path = self._identity, self._config.model.path
-        self._directory.check_config(self._config.to_dict(), saved.get("config"))
         before = {**now, **saved}
         library_is_same = before["versions"].get("tokenizers") == now["versions"]["tokenizers"]
         what = {

@@ -7,7 +7,8 @@
     bad_steps.jsonl only after a skipped step or a loss spike, see `bad_steps.py`
     result.json     written last: a run is finished when it is there
     README.md       the model card
-    .lock           locked by the process that trains here
+    crash.json      what a run was doing when it crashed, see `crash.py`
+    .lock           locked by the process that trains here, see `locking.py`
 
 A run that is continued must be the same run. Every field that has a say in the adapter has to be
 what it was; fields that only say how long to train, what to print and what to keep may change (a
@@ -19,17 +20,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import psutil
+
 from qlora_jax.config import get_config
 from qlora_jax.errors import ConfigError, TrainingError
+from qlora_jax.manifest import sync
+from qlora_jax.training.locking import locked
 
 # Sections and fields that do not make it another run: how long, what is printed and kept, and in
 # which memory.
@@ -44,6 +49,8 @@ _MAY_CHANGE = (
     "sample",
     "checkpoint",
 )
+# `.NAME.partial-PID`, as all writers of this project call what is not finished.
+_PARTIAL = re.compile(r"\.partial-(\d+)$")
 _BY_CONTENT = ("model.path", "data.path", "data.eval_path")
 
 
@@ -77,23 +84,16 @@ class Workdir:
     def __truediv__(self, name: str) -> pathlib.Path:
         return self.path / name
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps other processes from training here; the lock ends with this one, however it ends.
+    def lock(self) -> contextlib.AbstractContextManager[str | None]:
+        """Keeps other processes from training here, see `locking.locked`."""
+        return locked(self.path)
 
-        Raises:
-            TrainingError: another process, or another call in this one, has the lock.
-        """
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TrainingError(
-                    f"{self.path} is being trained in by another process; wait for it, stop it "
-                    "(Ctrl-C there saves its state), or choose another --workdir"
-                ) from None
-            # The file stays: one that is removed could be locked by two, before and after.
-            yield
+    def clean(self) -> None:
+        """Removes files that processes which were killed have left half-written; with the lock."""
+        for path in self.path.glob(".*.partial-*"):
+            match = _PARTIAL.search(path.name)
+            if match and not _is_alive(int(match[1])):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
     def check_space(self, needed: int) -> None:
         """Refuses to start what the disk has no room for.
@@ -122,15 +122,15 @@ class Workdir:
         Raises:
             TrainingError: the disk is full or does not allow it.
         """
+        partial = self.path / f".{name}.partial-{os.getpid()}"
         try:
-            with tempfile.NamedTemporaryFile("w", dir=self.path, delete=False) as file:
-                file.write(text)
-            # mkstemp gives 0600; a result should be as readable as any other new file
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(file.name, 0o666 & ~umask)
-            os.replace(file.name, self.path / name)
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
+            os.replace(partial, self.path / name)
+            sync(self.path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise TrainingError(explain_os_error(error, self.path / name)) from error
 
     def read_json(self, name: str) -> Any:
@@ -195,6 +195,11 @@ class Workdir:
                 f"{self.path} was trained with other content than {what} has now (fingerprint "
                 f"{before}, here {now}); give the run what it began with, or choose a new --workdir"
             )
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process that may be writing exists; this one is not, when it asks."""
+    return pid != os.getpid() and psutil.pid_exists(pid)
 
 
 def explain_os_error(error: OSError, path: pathlib.Path) -> str:
