@@ -41,7 +41,9 @@ from qlora_jax.config import get_config as get_config
 from qlora_jax.config import load_config as load_config
 from qlora_jax.estimating import estimate as estimate
 from qlora_jax.export import export_merged as export_merged
+from qlora_jax.generation import Engine as Engine
 from qlora_jax.generation import generate as generate
+from qlora_jax.generation import stream as stream
 from qlora_jax.loading import load_model as load_model
 from qlora_jax.packed_checkpoint import quantize_checkpoint as quantize_checkpoint
 from qlora_jax.peft import load_adapter as load_adapter

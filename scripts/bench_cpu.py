@@ -3,8 +3,9 @@
 `dequantize`: 4-bit weights to dense ones, against bitsandbytes, in turns. `train`: SmolLM2-135M,
 batch 4 x 256 tokens of real text, rank 64 on every linear layer, full optimizer steps; each run is
 a process of its own, ours and the rival's in turns, all on the same cores. The rival is measured in
-three settings and compared in its fastest. `loading`, `paging` and `data`: see
-scripts/bench_loading.py, scripts/bench_paging.py and scripts/bench_data.py.
+three settings and compared in its fastest. `decode`, `loading`, `paging` and `data`: see
+scripts/bench_decode.py, scripts/bench_loading.py, scripts/bench_paging.py and
+scripts/bench_data.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import bench_data
+import bench_decode
 import bench_loading
 import bench_ours
 import bench_paging
@@ -40,8 +42,8 @@ from qlora_jax.quantized import dequantize, quantize
 from qlora_jax.training.card import versions
 
 CACHE = ROOT / "benchmarks" / ".cache"
-PARTS = ("dequantize", "train", "loading", "paging", "data")
-_WITH_RIVAL = {"dequantize", "train", "loading"}
+PARTS = ("dequantize", "train", "decode", "loading", "paging", "data")
+_WITH_RIVAL = {"dequantize", "train", "decode", "loading"}
 RIVAL_SETTINGS = {
     "bfloat16": ["--dtype=bfloat16"],
     "float32": ["--dtype=float32"],
@@ -281,6 +283,12 @@ def run(
         summary = summarize_train(samples)
         print_train(summary, console)
         result["train"] = {"our_flags": our_flags, "summary": summary, "samples": samples}
+    if "decode" in parts:
+        model = rival_model(python)
+        samples = bench_decode.bench(python, model=model, rounds=rounds, console=console)
+        summary = bench_decode.summarize(samples)
+        bench_decode.print_table(summary, console)
+        result["decode"] = {"summary": summary, "samples": samples}
     if "loading" in parts:
         samples = bench_loading.bench(
             python, gigabytes=gigabytes, scratch=scratch, core=available[0], console=console

@@ -31,6 +31,7 @@ class Sizes:
         warm_up: see `calls`.
         turns: of each side, for each case.
         model: of the whole steps; names as in Hugging Face's config.json.
+        large_model: is only decoded.
         batch: sequences in a training step.
         length: tokens in a sequence.
         rank: of the adapters.
@@ -50,6 +51,7 @@ class Sizes:
     warm_up: int
     turns: int
     model: dict[str, int]
+    large_model: dict[str, int]
     batch: int
     length: int
     rank: int
@@ -87,6 +89,15 @@ FULL = Sizes(
         num_key_value_heads=32,
         max_position_embeddings=2048,
     ),
+    large_model=dict(
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=22016,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=64,
+        max_position_embeddings=2048,
+    ),
     batch=4,
     length=2048,
     rank=64,
@@ -111,6 +122,15 @@ DRY_RUN = Sizes(
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    ),
+    large_model=dict(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=128,

@@ -242,6 +242,7 @@ class Suite:
                 *("paged 100", "paged 50"),
                 *("train full", "train projections", "train none"),
                 *("short 100", "short 0"),
+                "decode large",
             ],
             self.left() * (_OUR_SHARE if self._rival_python else 1.0),
         )
@@ -262,8 +263,9 @@ class Suite:
                 if left < 5:
                     answers[f"{who} {question}"] = {"error": _SHORT_OF_TIME}
                     continue
-                if question == "decode static":
-                    worker.stop()  # after training, adapters are on the model
+                # After training adapters are on the model; and the large one needs the memory.
+                if question in ("decode static", "decode large"):
+                    worker.stop()
                 run, _, setting = question.partition(" ")
                 answer = _ask(worker, {"run": run, "setting": setting}, left)
                 answers[f"{who} {question}"] = answer

@@ -7,6 +7,7 @@ in training, no upcast of the embedding, non-reentrant checkpointing.
     bench_rival.py prepare --gguf=FILE --model=DIR       the model as a Hugging Face folder, once
     bench_rival.py train --model=DIR --tokens=FILE.npy --dtype=bfloat16 [--checkpointing]
     bench_rival.py dequantize                            answers requests on standard input
+    bench_rival.py decode --model=DIR --prompts=FILE.npy --new_tokens=32 [--nf4]
     bench_rival.py quantize --model=DIR --layers=2       linear layers of the first layers, to NF4
 
 Results are lines of JSON on standard output; of `train` the same as from scripts/bench_ours.py.
@@ -100,6 +101,53 @@ def train(args: argparse.Namespace) -> None:
         )
 
 
+def decode(args: argparse.Namespace) -> None:
+    """A line a repeat, as from scripts/bench_decode_ours.py; plain weights without `--nf4`."""
+    dtype = getattr(torch, args.dtype)
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model,
+        dtype=dtype,
+        device_map="cpu",
+        quantization_config=quantization if args.nf4 else None,
+    ).eval()
+
+    def generate(batch: torch.Tensor, count: int) -> float:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            found = model.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        if found.shape[1] != batch.shape[1] + count:
+            raise RuntimeError(f"{found.shape=} instead of {count} new tokens")
+        return time.perf_counter() - started
+
+    for path in args.prompts:
+        prompts = torch.from_numpy(np.load(path).astype(np.int64))
+        for repeat, batch in enumerate(prompts):
+            cpu_started = time.process_time()
+            seconds = generate(batch, args.new_tokens)
+            cpu_seconds = time.process_time() - cpu_started
+            report(
+                batch=len(batch),
+                repeat=repeat,
+                seconds=seconds,
+                cpu_seconds=cpu_seconds,
+                first=generate(batch, 1),
+                peak_rss=peak_rss(),
+            )
+
+
 def serve_dequantize() -> None:
     """Answers `{"shape": [out, in], "dtype": "float32", "repeats": 20}` with the seconds of each.
 
@@ -157,7 +205,8 @@ def quantize(folder: pathlib.Path, layers: int) -> None:
 def main() -> None:
     """Does one of the jobs above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("job", choices=["prepare", "train", "dequantize", "quantize", "versions"])
+    jobs = ["prepare", "train", "decode", "dequantize", "quantize", "versions"]
+    parser.add_argument("job", choices=jobs)
     parser.add_argument("--gguf", type=pathlib.Path)
     parser.add_argument("--model", type=pathlib.Path)
     parser.add_argument("--tokens", type=pathlib.Path)
@@ -166,12 +215,17 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--prompts", type=pathlib.Path, action="append")
+    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--nf4", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if args.job == "prepare":
         prepare(args.gguf, args.model)
     elif args.job == "train":
         train(args)
+    elif args.job == "decode":
+        decode(args)
     elif args.job == "dequantize":
         serve_dequantize()
     elif args.job == "quantize":

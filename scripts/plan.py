@@ -3,15 +3,20 @@
     python scripts/plan.py --config=configs/guanaco_33b.py --device=rtx4090
     python scripts/plan.py --config=configs/guanaco_7b.py --device=all --json
     python scripts/plan.py --config=configs/guanaco_7b.py --batch_size=1,2,4 --max_len=512,2048
+    python scripts/plan.py --config=configs/guanaco_7b.py --mode=generate --batch_size=8
 
 The training step of the configuration is compiled for each device, and the compiler's own memory
 plan is printed. The time is a roofline, the least that arithmetic and memory traffic take: an
 estimate. It needs pip install "qlora-jax[cuda]" and about half a minute a device, no GPU.
 
+With --mode=generate it is the memory of serving the model and an adapter with
+`qlora_jax.generation.Engine`: --batch_size are its slots, --max_len the tokens of prompt and reply
+together in each; and the longest context that fits is looked for.
+
 Without that, or with --estimate, memory is added up from shapes in a second: an estimate, and
 labelled as one. docs/performance.md says how far off it is.
 
-Exit code 0: the run fits on every device, in every batch size and length that was asked for. 3: in
+Exit code 0: it fits on every device, in every batch size and length that was asked for. 3: in
 one of them it does not.
 """
 
@@ -19,9 +24,11 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +38,7 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.estimating import Estimate
 from qlora_jax.planning import Plan
 from qlora_jax.report import format_bytes
+from qlora_jax.serving_plan import ServingPlan, plan_serving
 from qlora_jax.targets import TARGETS
 from qlora_jax.training.fitting import as_flags
 
@@ -39,6 +47,10 @@ _DEVICE = flags.DEFINE_list("device", ["h100"], f"all, or some of {', '.join(TAR
 _BATCH_SIZE = flags.DEFINE_list("batch_size", [], "several, instead of config.train.batch_size")
 _MAX_LEN = flags.DEFINE_list("max_len", [], "several, instead of config.data.max_len")
 _ESTIMATE = flags.DEFINE_bool("estimate", False, "do not compile: estimate from shapes")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "generate"], "what is planned")
+_KV_DTYPE = flags.DEFINE_enum(
+    "kv_dtype", "auto", ["auto", "int8"], "with --mode=generate: of keys and values"
+)
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object a plan, and nothing else")
 
 _DOES_NOT_FIT = 3
@@ -56,6 +68,13 @@ def main() -> None:
     several = len(batch_sizes) * len(lengths) > 1
     jax.config.update("jax_platforms", "cpu")  # a GPU of this machine may be at work
     console = Console(stderr=_JSON.value)
+    if _MODE.value == "generate":
+        plans = list(_plan_serving(config, names, batch_sizes, lengths, console))
+        if not _JSON.value:
+            _print_serving(console, plans)
+        if not all(plan.fits for plan in plans):
+            sys.exit(_DOES_NOT_FIT)
+        return
     estimated = _ESTIMATE.value or not targets.can_compile()
     if estimated and not _ESTIMATE.value:
         print(f"Estimates follow, no plans: {targets.NO_PLUGIN}", file=sys.stderr)
@@ -77,6 +96,48 @@ def main() -> None:
         _print_all(console, plans)
     if not all(plan.fits for _, _, plan in plans):
         sys.exit(_DOES_NOT_FIT)
+
+
+def _plan_serving(
+    config: ConfigDict,
+    names: list[str],
+    batch_sizes: list[int],
+    lengths: list[int],
+    console: Console,
+) -> Iterator[ServingPlan]:
+    if _ESTIMATE.value:
+        raise ConfigError("--estimate: serving is not estimated; leave it out to compile")
+    kv_dtype = None if _KV_DTYPE.value == "auto" else _KV_DTYPE.value
+    for name, rows, length in itertools.product(names, batch_sizes, lengths):
+        with console.status(f"compiling {rows} slots of {length} tokens for {name} …"):
+            plan = plan_serving(config, name, batch=rows, context=length, kv_dtype=kv_dtype)
+        if _JSON.value:
+            described = {"mode": "generate", "verdict": plan.verdict}
+            print(json.dumps(described | dataclasses.asdict(plan)), flush=True)
+        yield plan
+
+
+def _print_serving(console: Console, plans: list[ServingPlan]) -> None:
+    table = Table(box=box.SIMPLE, title="serving, compiled", title_justify="left")
+    table.add_column("device")
+    columns = ("slots", "context", "weights", "keys and values", "temporaries", "peak", "budget")
+    for column in columns:
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    table.add_column("longest context", justify="right")
+    for plan in plans:
+        cache, temporaries = plan.parts["keys and values"], plan.parts["temporaries and state"]
+        weights = sum(plan.parts.values()) - cache - temporaries
+        sizes = (weights, cache, temporaries, plan.peak_bytes, plan.budget_bytes)
+        table.add_row(
+            plan.device,
+            str(plan.batch),
+            str(plan.context),
+            *map(format_bytes, sizes),
+            plan.verdict,
+            f"{plan.longest_context:,}" if plan.longest_context else "none",
+        )
+    console.print(table)
 
 
 def _numbers(flag: flags.FlagHolder) -> list[int]:

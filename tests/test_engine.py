@@ -11,8 +11,9 @@ from llama_models import golden_tiny, random_model, tiny_config
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError
 from qlora_jax.flax_nnx import apply_qlora, without_adapters
-from qlora_jax.generation import Delta, Engine, Request, Sampling, generate_ids
+from qlora_jax.generation import Delta, Engine, Request, Sampling, generate_ids, stream
 from qlora_jax.generation.adapters import merge_for_rows, serve_adapters
+from qlora_jax.models.kv_cache import dequantize_heads, quantize_heads
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.t5 import T5
 
@@ -189,6 +190,71 @@ def test_impossible_engines_are_refused(model, tokenizer):
             Engine(model, tokenizer, **settings)
     with pytest.raises(ConfigError, match="serves decoders, got a T5"):
         Engine(T5.__new__(T5), tokenizer)
+
+
+def test_a_stream_is_the_reply_in_pieces(engine, model):
+    expected = text_of(generate_ids(model, PROMPTS[2:3], max_new_tokens=12)[0])
+    pieces = list(stream(engine, text_of(PROMPTS[2]), max_new_tokens=12))
+    assert "".join(pieces) == expected and len(pieces) > 1
+    begun = stream(engine, text_of(PROMPTS[2]), max_new_tokens=12)
+    assert expected.startswith(next(begun)) and engine.busy
+    begun.close()
+    assert not engine.busy
+    engine.submit(Request(PROMPTS[0], 2))
+    with pytest.raises(ConfigError, match="has other requests"):
+        stream(engine, "<1>")
+    finish(engine)
+
+
+REPEATING = [5, 9, 2, 6, 5, 3, 8] * 3
+
+
+def test_guessing_changes_the_passes_and_not_the_text(model, tokenizer):
+    """Beside a row that draws at random and one that is penalized, which do not guess."""
+    requests = [
+        Request(REPEATING, 24),
+        Request(PROMPTS[0], 10, SAMPLED, seed=3),
+        Request(REPEATING, 10, Sampling(repetition_penalty=1.5)),
+    ]
+    plain = Engine(model, tokenizer, slots=3, max_len=64)
+    guessing = Engine(model, tokenizer, slots=3, max_len=64, lookup=4)
+    assert replies(guessing, requests) == replies(plain, requests)
+    before = plain.passes, guessing.passes
+    (expected,) = replies(plain, requests[:1])
+    assert replies(guessing, requests[:1]) == [expected]
+    passes = plain.passes - before[0], guessing.passes - before[1]
+    assert passes[0] == 23 and passes[1] < 16, f"{passes}: {expected}"
+    # An end token among the guesses ends the reply there.
+    end = int(expected.split("><")[12].strip("<>"))
+    ended = Engine(
+        model, words_tokenizer(model.config.vocab_size, end), max_len=64, slots=3, lookup=4
+    )
+    assert replies(ended, requests[:1]) == [expected.split(f"<{end}>")[0]]
+
+
+def test_keys_and_values_in_8_bits(model, tokenizer):
+    """Half the memory; each number is off by at most half a scale, the text hardly."""
+    x = jax.random.normal(jax.random.key(0), (3, 5, 64))
+    codes, scale = quantize_heads(x)
+    error = jnp.abs(dequantize_heads(codes, scale, jnp.float32) - x)
+    assert (error <= 0.5001 * scale[..., None]).all() and codes.dtype == jnp.int8
+    engine = Engine(model, tokenizer, slots=3, max_len=64, kv_dtype="int8")
+    assert engine.cache_bytes < 0.5 * Engine(model, tokenizer, slots=3, max_len=64).cache_bytes
+    ours = replies(engine, [Request(prompt, 6) for prompt in PROMPTS])
+    exact = [text_of(ids) for ids in generate_ids(model, PROMPTS, max_new_tokens=6)]
+    assert sum(a == b for a, b in zip(ours, exact, strict=True)) >= 3
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_dense_copy_changes_nothing_but_speed(base, slots):
+    """Made for one row and for several, beside adapters, with a vocabulary of several pieces."""
+    adapted = with_adapter(base, 1, rank=4)
+    tokenizer = words_tokenizer(base.config.vocab_size)
+    packed, dense = (
+        Engine(adapted, tokenizer, slots=slots, max_len=64, dense=dense) for dense in (False, True)
+    )
+    requests = [Request(p, 8, adapter=a) for p in PROMPTS for a in (None, "adapter")]
+    assert replies(dense, requests) == replies(packed, requests)
 
 
 # -------------------------------------------------------------------------------------- adapters

@@ -16,64 +16,30 @@ rounding: a prompt whose beginning was in the cache is read in other pieces.)
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError
 from qlora_jax.generation import slots as programs
 from qlora_jax.generation.adapters import serve_adapters
+from qlora_jax.generation.dense import fits_host, with_dense_copy
+from qlora_jax.generation.lookup import decode_guessing
+from qlora_jax.generation.requests import Delta, FinishReason, Request
 from qlora_jax.generation.text import GrowingText, common_prefix
 from qlora_jax.models.llama import Llama
-from qlora_jax.sampling import Sampling
+from qlora_jax.placement import tree_bytes
 
-FinishReason = Literal["stop", "length", "cancelled"]
-
+# Longer prompts are read in pieces of so many tokens, which bounds the memory that reading takes.
+LONGEST_PIECE = 512
 _SHORTEST_PROMPT_BUCKET = 16
 _SHORTEST_SPAN = 64
 _LONGEST_DEFAULT = 4096
 _KV_DTYPES = {None: None, "int8": jnp.int8}
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What to reply to, and how.
-
-    Attributes:
-      prompt_ids: at least one token.
-      max_new_tokens: at most so many tokens.
-      sampling: how tokens are chosen.
-      seed: of the random choices.
-      stop: texts that end the reply, besides the model's end tokens and the tokenizer's own.
-      adapter: a name in `Engine.adapters`; None: the base alone.
-    """
-
-    prompt_ids: Sequence[int]
-    max_new_tokens: int = 256
-    sampling: Sampling = Sampling()
-    seed: int = 0
-    stop: Sequence[str] = ()
-    adapter: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """What is new in a reply.
-
-    Attributes:
-      request_id: of `Engine.submit`.
-      text: that follows the text so far; never part of a stop string, never half a character.
-      tokens: of the reply so far, without the end token.
-      finish_reason: None while the reply goes on.
-    """
-
-    request_id: int
-    text: str
-    tokens: int
-    finish_reason: FinishReason | None = None
 
 
 @dataclasses.dataclass
@@ -106,8 +72,11 @@ class Engine:
       adapters: names that `Request.adapter` may have.
       max_len: tokens that prompt and reply may have together.
       slots: requests that are replied to at the same time.
+      tokenizer: the model's.
+      dense: whether there is a dense copy of the weights.
       prompt_tokens: that were read so far; `cached_tokens` did not have to be.
       cached_tokens: of all prompts, found in the cache.
+      passes: of the model over all slots, without those that read prompts.
 
     Example:
       >>> engine = Engine(model, tokenizer, slots=4)  # doctest: +SKIP
@@ -128,6 +97,8 @@ class Engine:
         slots: int = 8,
         max_len: int | None = None,
         kv_dtype: str | None = None,
+        dense: bool | None = None,
+        lookup: int = 0,
         chunk: int = 8,
     ):
         """Makes room for the replies.
@@ -142,7 +113,11 @@ class Engine:
             cache, also while it is idle.
           max_len: tokens of prompt and reply together; None: what the model can see, at most 4096.
           kv_dtype: None: keys and values as the model computes them; "int8": in half the memory.
-          chunk: tokens that are decoded between two looks at the queue.
+          dense: whether a dense copy of the weights is kept for decoding; None: on a CPU, where
+            there is memory for it. See `generation.dense`.
+          lookup: tokens to guess from the text so far and to check in one pass; 0: none. The
+            greedy text is the same; see `generation.lookup`.
+          chunk: tokens (with `lookup` passes) that are decoded between two looks at the queue.
 
         Raises:
           ConfigError: a setting is out of range, the model is no decoder, or an adapter does not
@@ -158,16 +133,20 @@ class Engine:
             raise ConfigError(
                 f"max_len must be 2 to {limit}, the tokens that the model can see, got {max_len}"
             )
-        if slots < 1 or chunk < 1:
-            raise ConfigError(f"{slots=} and {chunk=} must be at least 1")
+        if slots < 1 or chunk < 1 or lookup < 0:
+            raise ConfigError(f"{slots=} and {chunk=} must be at least 1, {lookup=} at least 0")
         if kv_dtype not in _KV_DTYPES:
             raise ConfigError(f"kv_dtype must be None or 'int8', got {kv_dtype!r}")
         model, names = serve_adapters(model, adapters)
         model.eval()
+        self.dense = fits_host(model) if dense is None else dense
+        if self.dense:
+            model = with_dense_copy(model, one_row=slots == 1)
         self.adapters: tuple[str, ...] = names
         self.max_len, self.slots = max_len, slots
         self.prompt_tokens = self.cached_tokens = 0
-        self._tokenizer, self._chunk = tokenizer, chunk
+        self.passes = 0
+        self.tokenizer, self._chunk, self._lookup = tokenizer, chunk, lookup
         self._vocab_size = model.config.vocab_size
         self._graphdef, self._state = nnx.split(model)
         cache = model.init_cache(slots, max_len, ragged=True, dtype=_KV_DTYPES[kv_dtype])
@@ -183,6 +162,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether `step` has something to do."""
         return bool(self._waiting or self._cancelled or any(self._active()))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the key-value cache."""
+        return tree_bytes(self._device.cache)
 
     def submit(self, request: Request) -> int:
         """Queues a request.
@@ -213,8 +197,8 @@ class Engine:
         if request.adapter is not None and request.adapter not in self.adapters:
             have = ", ".join(self.adapters) or "none"
             raise ConfigError(f"there is no adapter {request.adapter!r}; there are: {have}.")
-        stops, end_ids = self._split_stops((*self._tokenizer.stop_strings, *request.stop))
-        text = GrowingText(self._tokenizer, request.prompt_ids, stops)
+        stops, end_ids = self._split_stops((*self.tokenizer.stop_strings, *request.stop))
+        text = GrowingText(self.tokenizer, request.prompt_ids, stops)
         self._waiting.append(_Reply(self._submitted, request, text, end_ids))
         self._submitted += 1
         return self._submitted - 1
@@ -254,10 +238,10 @@ class Engine:
 
     def _split_stops(self, stops: Sequence[str]) -> tuple[list[str], frozenset[int]]:
         """Stop strings, and the ids of those that are control tokens, which have no text."""
-        texts, ids = [], set(self._tokenizer.eos_token_ids)
+        texts, ids = [], set(self.tokenizer.eos_token_ids)
         for stop in stops:
-            encoded = self._tokenizer.encode(stop)
-            if len(encoded) == 1 and not self._tokenizer.decode(encoded):
+            encoded = self.tokenizer.encode(stop)
+            if len(encoded) == 1 and not self.tokenizer.decode(encoded):
                 ids.add(encoded[0])
             else:
                 texts.append(stop)
@@ -287,36 +271,39 @@ class Engine:
     def _admit(self, reply: _Reply, row: int, known: int) -> Delta:
         request, slot = reply.request, self._slots[row]
         prompt = [int(token) for token in request.prompt_ids]
-        width = programs.bucket(len(prompt) - known, _SHORTEST_PROMPT_BUCKET)
-        width = min(width, self.max_len)
-        # A padded piece must not reach beyond the last slot; then it begins earlier.
-        start = min(known, self.max_len - width)
-        tokens = np.zeros(width, np.int32)
-        tokens[: len(prompt) - start] = prompt[start:]
         self._admitted += 1
         self._slots[row] = slot = _Slot(reply, prompt, None, request.adapter, self._admitted)
-        self.prompt_tokens += len(prompt) - start
-        self.cached_tokens += start
         new = programs.Admission(
             row=np.int32(row),
-            tokens=tokens,
-            start=np.int32(start),
-            count=np.int32(len(prompt) - start),
+            tokens=None,
+            start=None,
+            count=None,
             seen=programs.seen_tokens(prompt, self._vocab_size),
             left=np.int32(request.max_new_tokens),
             seed=np.uint32(request.seed % 2**32),
             sampling=request.sampling.as_arrays(),
             adapter=np.int32(self._adapter_number(request.adapter)),
         )
-        self._device, token = programs.admit(
-            self._graphdef,
-            self._state,
-            self._device,
-            new,
-            self._end_ids,
-            span=self._span(start + width),
-        )
+        self.cached_tokens += known
+        while known < len(prompt):  # what is chosen behind all pieces but the last is forgotten
+            known, token = self._read(new, prompt, known)
         return self._take(slot, [int(token)])
+
+    def _read(self, new: programs.Admission, prompt: list[int], known: int) -> tuple[int, Any]:
+        """Reads on in a prompt; how far that is, and the token chosen there."""
+        count = min(len(prompt) - known, LONGEST_PIECE)
+        width = min(programs.bucket(count, _SHORTEST_PROMPT_BUCKET), self.max_len)
+        # A padded piece must not reach beyond the last slot; then it begins earlier.
+        start = min(known, self.max_len - width)
+        tokens = np.zeros(width, np.int32)
+        count += known - start
+        tokens[:count] = prompt[start : start + count]
+        self.prompt_tokens += count
+        new = dataclasses.replace(new, tokens=tokens, start=np.int32(start), count=np.int32(count))
+        model = self._graphdef, self._state, self._device
+        span = self._span(start + width)
+        self._device, token = programs.admit(*model, new, self._end_ids, span=span)
+        return start + count, token
 
     def _adapter_number(self, name: str | None) -> int:
         return 0 if name is None else 1 + self.adapters.index(name)
@@ -327,23 +314,36 @@ class Engine:
     def _decode(self) -> list[Delta]:
         active = list(self._active())
         longest = max(len(slot.read) for slot in active)
-        self._device, chunk = programs.decode(
-            self._graphdef,
-            self._state,
-            self._device,
-            np.array([slot.reply is not None for slot in self._slots]),
-            self._end_ids,
-            np.int32(len(active) if self._waiting else 1),
-            span=self._span(longest + self._chunk),
+        common = dict(
+            alive=np.array([slot.reply is not None for slot in self._slots]),
+            end_ids=self._end_ids,
+            least=np.int32(len(active) if self._waiting else 1),
+            span=self._span(longest + self._chunk * (1 + self._lookup) + self._lookup),
             chunk=self._chunk,
             greedy=all(slot.reply.request.sampling.greedy for slot in active),
         )
-        rows = zip(self._slots, np.asarray(chunk).tolist(), strict=True)
+        model = self._graphdef, self._state, self._device
+        if self._lookup:
+            self._device, tokens, passes = decode_guessing(
+                *model, self._history(), **common, count=self._lookup
+            )
+        else:
+            self._device, tokens, passes = programs.decode(*model, **common)
+        self.passes += int(passes)
+        rows = zip(self._slots, np.asarray(tokens).reshape(self.slots, -1).tolist(), strict=True)
         return [
             self._take(slot, [token for token in row if token != programs.NO_TOKEN])
             for slot, row in rows
             if slot.reply is not None
         ]
+
+    def _history(self) -> Int[np.ndarray, "B S"]:
+        """What each row has read, and the token that it has not."""
+        history = np.zeros((self.slots, self.max_len), np.int32)
+        for row, slot in zip(history, self._slots, strict=True):
+            text = [*slot.read, slot.unread or 0][: self.max_len]
+            row[: len(text)] = text
+        return history
 
     def _take(self, slot: _Slot, tokens: list[int]) -> Delta:
         """Adds the tokens that were chosen in a slot to its reply."""

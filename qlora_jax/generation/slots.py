@@ -207,7 +207,7 @@ def decode(
     span: int,
     chunk: int,
     greedy: bool,
-) -> tuple[Slots, Int[Array, "B chunk"]]:
+) -> tuple[Slots, Int[Array, "B chunk"], Int[Array, ""]]:
     """Chooses up to `chunk` more tokens in every active row, without going back to Python.
 
     Args:
@@ -222,7 +222,7 @@ def decode(
       greedy: whether no row draws at random.
 
     Returns:
-      The slots, and each row's tokens in order, then `NO_TOKEN`.
+      The slots; each row's tokens in order, then `NO_TOKEN`; and how many steps were made.
     """
     cache = dataclasses.replace(slots.cache, span=span)
     slots = dataclasses.replace(slots, cache=cache, active=slots.active & alive)
@@ -252,8 +252,9 @@ def decode(
         )
         return slots, jax.lax.dynamic_update_slice(tokens, shown, (0, count)), count + 1
 
-    slots, tokens, _ = jax.lax.while_loop(go_on, one_token, (slots, tokens, 0))
-    return dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, span=None)), tokens
+    slots, tokens, count = jax.lax.while_loop(go_on, one_token, (slots, tokens, 0))
+    slots = dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, span=None))
+    return slots, tokens, count
 
 
 def _stored(cache: KVCache) -> dict[str, Array]:

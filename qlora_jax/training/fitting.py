@@ -23,7 +23,7 @@ from qlora_jax import config as config_lib
 from qlora_jax.files import resolve_path
 from qlora_jax.layer_formats import quantize_as, said_formats
 from qlora_jax.loading import read_config
-from qlora_jax.models.kinds import Shape, abstract_model, read_shape
+from qlora_jax.models.kinds import Model, Shape, abstract_model, read_shape
 from qlora_jax.models.shapes import model_config
 from qlora_jax.placement import bytes_by_memory, eval_placed
 from qlora_jax.targets import peak_bytes
@@ -129,6 +129,21 @@ def abstract_run(
         ConfigError: a field cannot be used.
         UserError: the model's shape is nowhere to be found.
     """
+    model = abstract_trained(config, device)
+    shape = model.config
+    graphdef, lora, frozen = split_model(model)
+    tx, _ = build_optimizer(config, config.train.steps or 2**20, state_budget)
+    state = eval_placed(lambda lora: init_state(lora, tx, config.seed), lora)
+    family = family_of(shape, config)
+    step = make_train_step(graphdef, tx, loss_fn=family.loss)
+    return AbstractRun(shape, step, state, frozen, abstract_batch(config, family))
+
+
+def abstract_trained(config: config_dict.ConfigDict, device: Any) -> Model:
+    """The model that `train` would build, with its adapters and without values.
+
+    Arguments and errors are those of `abstract_run`.
+    """
     config_lib.validate(config)
     spec = config.model.path
     said = model_config(spec)
@@ -141,12 +156,7 @@ def abstract_run(
     model = abstract_model(shape, dtype=dtype, param_dtype=dtype, **options)
     if packed := said_formats(said or {}, model):
         model = quantize_as(model, packed)
-    graphdef, lora, frozen = split_model(adapt_model(model, config, quantize=not packed))
-    tx, _ = build_optimizer(config, config.train.steps or 2**20, state_budget)
-    state = eval_placed(lambda lora: init_state(lora, tx, config.seed), lora)
-    family = family_of(shape, config)
-    step = make_train_step(graphdef, tx, loss_fn=family.loss)
-    return AbstractRun(shape, step, state, frozen, abstract_batch(config, family))
+    return adapt_model(model, config, quantize=not packed)
 
 
 def abstract_batch(
