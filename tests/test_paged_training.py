@@ -124,12 +124,13 @@ def test_a_run_continues_wherever_its_state_lies(config, budgets, plain, tmp_pat
 def test_a_restored_state_lies_where_it_was_planned(config, budgets, tmp_path, monkeypatch):
     kinds = []
 
-    def watch(self, step, like, restore=Checkpointer.restore):
-        state, metadata = restore(self, step, like)
-        kinds.extend(x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim)
-        return state, metadata
+    def watch(self, like, restore=Checkpointer.restore_newest):
+        found = restore(self, like)
+        moments = jax.tree.leaves(found.tree.opt_state)
+        kinds.extend(x.sharding.memory_kind for x in moments if x.ndim)
+        return found
 
-    monkeypatch.setattr(Checkpointer, "restore", watch)
+    monkeypatch.setattr(Checkpointer, "restore_newest", watch)
     config.train.steps = 2
     run(config, tmp_path / "run")
     config.train.steps, config.optimizer.device_budget_gb = 4, budgets[HALF]

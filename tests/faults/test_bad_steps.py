@@ -290,7 +290,7 @@ def test_nothing_is_saved_while_steps_are_bad(config, poison, monkeypatch, tmp_p
     poison({"four": lambda loss: loss * jnp.nan})  # in most records
     config.checkpoint.every, config.train.max_skipped_steps = 1, 12
     saved = []
-    monkeypatch.setattr(run_lib.Checkpointer, "save", lambda self, step, *_: saved.append(step))
+    monkeypatch.setattr(Checkpointer, "save", lambda self, step, *_: saved.append(step))
     run(config, tmp_path / "run")
     bad = {row["step"] for row in read_bad_steps(tmp_path / "run")}
     assert len(bad) > 2 and bad.isdisjoint(set(saved) - {12})
