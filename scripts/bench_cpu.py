@@ -3,9 +3,9 @@
 `dequantize`: 4-bit weights to dense ones, against bitsandbytes, in turns. `train`: SmolLM2-135M,
 batch 4 x 256 tokens of real text, rank 64 on every linear layer, full optimizer steps; each run is
 a process of its own, ours and the rival's in turns, all on the same cores. The rival is measured in
-three settings and compared in its fastest. `decode`, `loading`, `paging` and `data`: see
-scripts/bench_decode.py, scripts/bench_loading.py, scripts/bench_paging.py and
-scripts/bench_data.py.
+three settings and compared in its fastest. `decode`, `loading`, `paging`, `data` and
+`serve`: see scripts/bench_decode.py, scripts/bench_loading.py, scripts/bench_paging.py,
+scripts/bench_data.py and scripts/bench_serve.py.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import bench_decode
 import bench_loading
 import bench_ours
 import bench_paging
+import bench_serve
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +43,7 @@ from qlora_jax.quantized import dequantize, quantize
 from qlora_jax.training.card import versions
 
 CACHE = ROOT / "benchmarks" / ".cache"
-PARTS = ("dequantize", "train", "decode", "loading", "paging", "data")
+PARTS = ("dequantize", "train", "decode", "loading", "paging", "data", "serve")
 _WITH_RIVAL = {"dequantize", "train", "decode", "loading"}
 RIVAL_SETTINGS = {
     "bfloat16": ["--dtype=bfloat16"],
@@ -306,4 +307,9 @@ def run(
         summary = bench_data.summarize(samples)
         bench_data.print_table(samples, summary, console)
         result["data"] = {"summary": summary, "samples": samples}
+    if "serve" in parts:
+        samples = bench_serve.bench(seconds=60, console=console)
+        summary = bench_serve.summarize(samples)
+        bench_serve.print_table(summary, console)
+        result["serve"] = {"summary": summary, "samples": samples}
     return result

@@ -74,6 +74,7 @@ def main() -> None:
     warm_up(engine, tokenizer)
     app = serving.create_app(service, access=access, game=serving.Game(service, votes, stored))
     address = serving.url(bound)
+    bound.listen()  # who reads the lines below and comes at once is not refused
     print(
         f"{', '.join(service.models)}: ready in {time.perf_counter() - started:.1f} s\n"
         f"  page   {address}\n"

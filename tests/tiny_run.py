@@ -19,10 +19,11 @@ WORDS = "what is the sum of and one two three four five six seven eight it".spli
 SPECIAL = ["<|im_start|>", "<|im_end|>", "system", "user", "assistant", "\n"]
 
 
-def write_model(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-    """A Llama of two layers with a word tokenizer and a chat template."""
+def write_model(folder: pathlib.Path, seed: int = 0, **changes) -> pathlib.Path:
+    """A Llama of two layers, unless changed, with a word tokenizer and a chat template."""
     folder.mkdir(exist_ok=True)
     config = {**synthetic_checkpoint.CONFIG, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    config |= changes
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(seed)
     tensors = {
