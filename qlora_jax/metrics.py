@@ -11,6 +11,7 @@ belong to steps whose result was lost and that now come again. So the file has n
 provided that the rows of step N are written before the checkpoint of step N.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -118,7 +119,10 @@ class MetricsWriter:
     def close(self) -> None:
         """Closes the files; nothing can be written afterwards."""
         self._file.close()
-        self._events.close()
+        # It writes what it has held back. On a full disk that fails, and would hide the error that
+        # ended the run; all of it is in metrics.jsonl.
+        with contextlib.suppress(OSError):
+            self._events.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -6,6 +6,8 @@ in memory and is loaded by mapping; it takes every format. `"bitsandbytes"` (see
 the same to the bit, and so is the fingerprint of the base. What is in 4 bits already is not
 quantized again but written in the other order.
 
+Both have hashes of all their bytes, which loading verifies (see `qlora_jax.weights.checksums`).
+
 One tensor at a time is read, converted and written to its place; `qlora_jax.weights.writing` says
 what happens when that is interrupted.
 """
@@ -35,17 +37,13 @@ from qlora_jax.hf_folder import (
     weight_index,
 )
 from qlora_jax.layer_formats import packed_linears, quantize_as
-from qlora_jax.loading import (
-    frozen_variables,
-    hash_arrays,
-    read_config,
-    slots,
-)
+from qlora_jax.loading import frozen_variables, hash_arrays, read_config, slots
 from qlora_jax.lora import is_quantized
 from qlora_jax.mixed import MixedStack, one_format_each, part_name
 from qlora_jax.models.kinds import Model, abstract_model
 from qlora_jax.weights import Checkpoint, PackedFormat, Slot, StackedCheckpoint, open_checkpoint
 from qlora_jax.weights import bitsandbytes as bnb
+from qlora_jax.weights.checksums import CHECKSUMS, checksums_of
 from qlora_jax.weights.fused import FUSED_NAMINGS
 from qlora_jax.weights.matching import match_tensors, read_slot
 from qlora_jax.weights.names import naming_of, tensor_name
@@ -165,7 +163,9 @@ def write_packed(
             if progress is not None:
                 progress(done, total, name)
         files = writer.finish_files()
-        for name, content in (companions | layout.descriptions(files)).items():
+        small = companions | layout.descriptions(files)
+        starts = {f: [e.offset for e in read_header(f).values() if 0 not in e.shape] for f in files}
+        for name, content in ({CHECKSUMS: checksums_of(starts, small)} | small).items():
             writer.write_file(name, content)
         writer.finish()
 

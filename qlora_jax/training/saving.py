@@ -123,7 +123,14 @@ class RunCheckpoints:
 
         Raises:
             CheckpointError: see `Checkpointer.save`.
+            TrainingError: the work directory is gone.
         """
+        if not (self._directory / "config.json").exists():
+            raise TrainingError(
+                f"{self._directory.path} has vanished while it was trained in, with what was saved "
+                f"there; step {step} is not saved, because half a directory would not go on. Give "
+                "the run a place that stays, and begin again, or put a copy back"
+            )
         self._checkpointer.save(step, state, {**self._identity, **found})
         phases.enter("training")
 

@@ -126,16 +126,16 @@ class BitsandbytesCheckpoint(SafetensorsCheckpoint):
         """Reads one tensor; a 4-bit weight with its codes in planar order."""
         if name not in self._states:
             return super().read(name)
-        state, parts = self._states[name], self._parts[name]
-        entry = self._entries[name]
+        state, entry = self._states[name], self._entries[name]
         size = math.prod(state.shape)
         with open(entry.path, "rb", buffering=0) as file:
             packed = read_array(file, entry.offset, (-(-size // 2),), np.dtype(np.uint8))
+        self._verified(name, entry, packed)
         codes = interleaved_to_planar(packed, size, state.format.block_size)
-        absmax = read_entry(parts["absmax"])
+        absmax = self._part(name, "absmax")
         nested, offset = None, state.offset
         if state.offset is not None:
-            nested = read_entry(parts["nested_absmax"])
+            nested = self._part(name, "nested_absmax")
         if state.folds:
             scales = np.repeat(nested, state.nested_block_size)[: absmax.size]
             absmax, nested, offset = state.nested_map[absmax] * scales + offset, None, None
@@ -144,11 +144,16 @@ class BitsandbytesCheckpoint(SafetensorsCheckpoint):
             codes, absmax, nested, offset, quant_type, block_size, state.shape, state.dtype
         )
 
+    def _part(self, name: str, part: str) -> np.ndarray:
+        """A tensor that belongs to a weight."""
+        entry = self._parts[name][part]
+        return self._verified(f"{name}.{part}", entry, read_entry(entry))
+
     def _check(self, name: str, quant_type: str, entry: Entry) -> _State:
         """Reads and checks the JSON of a weight; errors are sentences without a subject."""
         if entry.nbytes > _MAX_STATE_BYTES:
             raise ValueError(f"it has {entry.nbytes} bytes, at most {_MAX_STATE_BYTES} are needed")
-        said = parse_json(read_entry(entry).tobytes())
+        said = parse_json(self._verified(name, entry, read_entry(entry)).tobytes())
         if quant_type not in QUANT_TYPES or said["quant_type"] != quant_type:
             raise ValueError(f"quant_type is {said['quant_type']!r}, the name says {quant_type!r}")
         block_size, shape = said["blocksize"], tuple(said["shape"])
@@ -166,7 +171,7 @@ class BitsandbytesCheckpoint(SafetensorsCheckpoint):
         scale = np.dtype(np.uint8 if nested else np.float32)
         _expect("absmax", parts["absmax"], (blocks,), scale)
         _expect("quant_map", parts["quant_map"], (16,), np.dtype(np.float32))
-        if not np.array_equal(read_entry(parts["quant_map"]), CODEBOOKS[quant_type]):
+        if not np.array_equal(self._part(name, "quant_map"), CODEBOOKS[quant_type]):
             raise ValueError(f"quant_map is not the codebook of {quant_type}")
         if not nested:
             if parts["nested_absmax"] or parts["nested_quant_map"]:
@@ -181,7 +186,7 @@ class BitsandbytesCheckpoint(SafetensorsCheckpoint):
         groups = -(-blocks // nested_size)
         _expect("nested_absmax", parts["nested_absmax"], (groups,), np.dtype(np.float32))
         _expect("nested_quant_map", parts["nested_quant_map"], (256,), np.dtype(np.float32))
-        table = read_entry(parts["nested_quant_map"])
+        table = self._part(name, "nested_quant_map")
         known = np.array_equal(table, DYNAMIC_MAP) and nested_size == NESTED_BLOCK_SIZE
         packed_format = PackedFormat(quant_type, block_size, known)
         return _State(packed_format, shape, dtype, offset, nested_size, None if known else table)

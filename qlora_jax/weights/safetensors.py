@@ -20,6 +20,7 @@ from qlora_jax.guarded_files import (
 )
 from qlora_jax.models import families
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.weights.checksums import Checksums
 from qlora_jax.weights.files import PICKLE_SUFFIXES, read_array, refuse_pickle
 from qlora_jax.weights.fused import FUSED_NAMINGS, find_fused, fused_modules, piece_name
 from qlora_jax.weights.names import naming_of
@@ -51,6 +52,7 @@ class SafetensorsCheckpoint:
           WeightsError: something is missing, damaged or a pickle.
         """
         self.path = path
+        self._checksums = Checksums.read(path)
         config = read_json(path / "config.json", "the model's configuration")
         self.config = families.text_config(config)
         self.naming = naming_of(self.config.get("model_type"), "hf")
@@ -95,7 +97,13 @@ class SafetensorsCheckpoint:
         Raises:
           WeightsError: the file has become shorter than its header says.
         """
-        return read_entry(self._entries[name])
+        return self._verified(name, self._entries[name], read_entry(self._entries[name]))
+
+    def _verified(self, name: str, entry: Entry, array: np.ndarray) -> np.ndarray:
+        """An array that was read, compared with its hash in a folder that has hashes."""
+        if self._checksums is not None:
+            self._checksums.check(entry.path, entry.offset, array, name)
+        return array
 
 
 def read_entry(entry: Entry) -> np.ndarray:

@@ -4,6 +4,7 @@ A folder that `scripts/quantize.py` writes once, so that later runs neither quan
 
     config.json, tokenizer.json, …   as in the original; config.json says what the folder is
     qlora_jax.json                   version, format, fingerprint, size and hash of each file
+    qlora_jax_checksums.json         see `checksums`; older folders have none
     model-00001-of-00007.safetensors
 
 The safetensors hold one tensor for each array of the model, named by its path: dense ones
@@ -102,7 +103,7 @@ class StackedCheckpoint(SafetensorsCheckpoint):
         return np.dtype(self._kernels[name].dtype) if name in self._kernels else super().dtype(name)
 
     def read(self, name: str) -> np.ndarray | QuantizedTensor | MixedStack:
-        """Maps an array of the model; nothing is read until it is used.
+        """Maps an array of the model, and reads it once where there are hashes to compare with.
 
         Args:
           name: one of `names()`.
@@ -116,11 +117,15 @@ class StackedCheckpoint(SafetensorsCheckpoint):
             parts = tuple(self.read(part) for part, _ in one_format_each({name: stack}))
             return dataclasses.replace(stack, parts=parts)
         if name not in self._kernels:
-            return map_entry(self._entries[name])
+            return self._map(name)
         q = self._kernels[name]
-        entries = [self._entries.get(f"{name}.{part}") for part in PARTS]
-        arrays = [entry and map_entry(entry) for entry in entries]
+        parts = [f"{name}.{part}" for part in PARTS]
+        arrays = [self._map(part) if part in self._entries else None for part in parts]
         return QuantizedTensor(*arrays, q.quant_type, q.block_size, q.shape, q.dtype)
+
+    def _map(self, name: str) -> np.ndarray:
+        """A tensor of the files."""
+        return self._verified(name, self._entries[name], map_entry(self._entries[name]))
 
     def _abstract(self, kernel: str, said: Mapping[str, Any]) -> QuantizedTensor:
         """The shapes that a kernel must have, compared with those of the files."""

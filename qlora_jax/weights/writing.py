@@ -6,7 +6,8 @@ written to their places in any order, and a journal says which of them are on th
 call reads the journal and goes on. When all is written, headers are put in, files are flushed and
 renamed; no name without `.partial` ever belongs to half a file.
 
-    .quantize.jsonl   {"job": {…}}, then {"done": […], "tails": {…}} after each flush of the data
+    .quantize.jsonl   {"job": {…}}, then {"done": […], "tails": {…}} after each flush of the data;
+                      each line with its hash, because a wrong name in it would leave a hole
 
 The JSON of bitsandbytes' quant states has a length that depends on the values. These small tensors
 lie at the end of their file, after all data, and wait in the journal until then.
@@ -24,12 +25,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from qlora_jax.errors import WeightsError
 from qlora_jax.weights.safetensors_header import DTYPE_NAMES
 
 JOURNAL = ".quantize.jsonl"
 _PARTIAL = ".partial"
+_HASH, _KEYS = "xxh3_64", {"job", "done", "tails", "finished"}
 _FLUSH_BYTES = 256 << 20
 _ALIGNMENT = 64
 _CONTINUES = "Put that right and run the same command again; it continues where this one ended."
@@ -271,7 +274,7 @@ class FolderWriter:
         whole = text.rfind(b"\n") + 1
         if whole < len(text):  # a kill tore the last line
             os.ftruncate(self._journal, whole)
-        lines = [json.loads(line) for line in text[:whole].splitlines()]
+        lines = [self._checked(line) for line in text[:whole].splitlines()]
         if not lines:
             self._append({"job": self._job})
             return
@@ -286,8 +289,22 @@ class FolderWriter:
             self.finished |= line.get("finished", False)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        _write_all(self._journal, json.dumps(line).encode() + b"\n")
+        _write_all(self._journal, json.dumps({**line, _HASH: _hash(line)}).encode() + b"\n")
         os.fsync(self._journal)
+
+    def _checked(self, line: bytes) -> dict[str, Any]:
+        """A line of the journal; those of older versions have no hash."""
+        try:
+            said = json.loads(line)
+            digest = said.pop(_HASH, None)
+            whole = said.keys() <= _KEYS and digest in (None, _hash(said))
+        except (ValueError, AttributeError, TypeError):
+            whole = False
+        if not whole:
+            raise WeightsError(
+                f"{self.folder / JOURNAL} is damaged. Remove the folder and start again."
+            )
+        return said
 
     def _partial(self, name: str) -> pathlib.Path:
         return self.folder / (name + _PARTIAL)
@@ -316,6 +333,10 @@ class FolderWriter:
             raise WeightsError(
                 f"{self.folder} cannot be written: {error.strerror or error}. {self._advice}"
             ) from error
+
+
+def _hash(line: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(line).encode())
 
 
 def _place_in_file(item: tuple[str, TensorSpec]) -> tuple[bool, bool]:

@@ -23,7 +23,11 @@ DOCUMENT = FOLDER.parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 # The files with faults, in the order of the table, and what their part of it is called.
 PARTS = {
-    "test_bad_steps": "In the middle of training",
+    "test_bad_steps": "Numbers and memory",
+    "test_processes": "Processes, disks and directories",
+    "test_checkpoint_damage": "Damaged checkpoints",
+    "test_packed_damage": "Damaged and unfinished base models",
+    "test_identity": "Something else than the run began with",
 }
 
 
@@ -90,7 +94,8 @@ def table() -> str:
     lines = []
     for name, title in PARTS.items():
         module = importlib.import_module(name)
-        found = [test.fault for test in vars(module).values() if hasattr(test, "fault")]
+        tests = [value for key, value in vars(module).items() if key.startswith("test_")]
+        found = [test.fault for test in tests if hasattr(test, "fault")]
         lines += [f"### {title}", "", "| fault | exit | what is said | what holds |"]
         lines += ["| --- | --- | --- | --- |"]
         for one in found:
