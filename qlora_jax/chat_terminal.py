@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -43,9 +44,9 @@ def printable(text: str) -> str:
     return _CONTROLS.sub("", text)
 
 
-def facts(chat: Chat, reply: Reply) -> str:
-    """What stands under a reply: who, how fast, and how it ended if not by itself."""
-    parts = [chat.name(reply.adapter)]
+def facts(reply: Reply) -> str:
+    """What stands under a reply: how fast it was, and how it ended if not by itself."""
+    parts = []
     if reply.first_s is not None:
         parts.append(f"{reply.first_s:.2f} s to the first token")
     if reply.tokens_per_s is not None:
@@ -55,6 +56,41 @@ def facts(chat: Chat, reply: Reply) -> str:
     if reply.finish_reason in ends:
         parts.append(ends[reply.finish_reason])
     return " · ".join(parts)
+
+
+class WordWrap:
+    r"""Breaks growing text between words, at the width of a terminal.
+
+    A word that has no end yet waits for it, so that it never has to move to the next line.
+
+    >>> wrap = WordWrap(8)
+    >>> wrap.add("a long") + wrap.add("er wo") + wrap.add("rd\n\nb ") + wrap.end()
+    'a longer\nword\n\nb '
+    """
+
+    def __init__(self, width: int):
+        """Begins a line of so many columns."""
+        self._width = width
+        self._column = 0
+        self._waiting = ""
+
+    def add(self, text: str) -> str:
+        """What can be shown once this text has come."""
+        *words, self._waiting = re.split(r"(?<=\s)", self._waiting + text)
+        return "".join(map(self._place, words))
+
+    def end(self) -> str:
+        """What is left when no more text comes."""
+        word, self._waiting = self._waiting, ""
+        return self._place(word)
+
+    def _place(self, word: str) -> str:
+        """A word with the space after it, in this line or the next; a long one over several."""
+        length = cell_len(word.rstrip())
+        begins = "\n" if self._column and self._column + length > self._width else ""
+        self._column = 0 if begins else self._column
+        self._column = 0 if word.endswith("\n") else (self._column + cell_len(word))
+        return begins + (word.rstrip(" ") if self._column > self._width >= length else word)
 
 
 def _clean(reply: Reply) -> str:
@@ -154,17 +190,19 @@ class Terminal:
 
     def _say(self, text: str) -> None:
         shown, reply = "", None
+        wrap = WordWrap(self._out.width) if self.at_keyboard else None
         with contextlib.closing(self._chat.say(text)) as replies, StopKey() as stop:
             for reply in replies:
                 # Space at the end waits: most replies end without it.
                 ready = _clean(reply)
-                self._write(ready[len(shown) :])
+                new = ready[len(shown) :]
+                self._write(wrap.add(new) if wrap else new)
                 shown = ready
                 if stop.pressed:
                     break
-        self._write("\n")
+        self._write((wrap.end() if wrap else "") + "\n")
         if reply is not None:
-            self._note(facts(self._chat, reply))
+            self._note(f"{self._chat.name(reply.adapter)} · {facts(reply)}")
             if self.at_keyboard:
                 self._write("\n")
 
@@ -192,10 +230,8 @@ class Terminal:
     def _side_by_side(self, replies: Sequence[Reply]) -> Table | Group:
         panels = [
             Panel(
-                Text(_clean(reply)),
+                Group(Text(_clean(reply)), Text(facts(reply), style="dim")),
                 title=Text(self._chat.name(reply.adapter), style="bold"),
-                subtitle=Text(facts(self._chat, reply), style="dim"),
-                subtitle_align="left",
                 border_style="dim",
             )
             for reply in replies

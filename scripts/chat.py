@@ -79,7 +79,7 @@ def main() -> None:
     if terminal.at_keyboard:
         took_s = time.perf_counter() - started
         adapters = "".join(f" + {name}" for name in chat.adapters) or ", no adapter"
-        notes.print(Text(f"{base_name}{adapters}, ready in {took_s:.1f} s. /help", style="dim"))
+        notes.print(Text(f"{base_name}{adapters}, ready in {took_s:.1f} s · /help", style="dim"))
     terminal.run()
 
 

@@ -11,11 +11,12 @@ import time
 
 import pytest
 from fake_engine import REPLY_WORDS, FakeEngine
+from rich.cells import cell_len
 from rich.console import Console
 
 from qlora_jax.chat import COMMANDS, Chat, Settings, run_command
 from qlora_jax.chat_models import load_engine, named_paths
-from qlora_jax.chat_terminal import Terminal, printable
+from qlora_jax.chat_terminal import Terminal, WordWrap, printable
 from qlora_jax.data.records import load_records
 from qlora_jax.errors import CheckpointError, ConfigError, DataError, UserError
 
@@ -188,6 +189,18 @@ def test_in_a_pipe_a_mistake_ends_the_program(chat):
 def test_what_a_terminal_would_obey_is_left_out(chat):
     assert printable("a\x1b]0;title\x07\r\u202eb\n") == "a]0;titleb\n"
     assert piped(chat, "\x1b[2Jx\n") == [f"mine: [2Jx {NUMBERS}"]
+
+
+@pytest.mark.parametrize("width", [12, 20, 33])
+@pytest.mark.parametrize("piece", [1, 4, 1000])
+def test_words_are_not_broken_however_they_come(width, piece):
+    text = "The quick brown fox  jumps over the lazy dog,\n\n  code block\nends 漢字漢字 here."
+    wrap = WordWrap(width)
+    shown = "".join(wrap.add(text[i : i + piece]) for i in range(0, len(text), piece))
+    shown += wrap.end()
+    assert shown.split() == text.split()
+    assert max(cell_len(line.rstrip()) for line in shown.split("\n")) <= width
+    assert "dog,\n\n  code" in shown.replace(" \n", "\n")
 
 
 @pytest.mark.parametrize(
