@@ -23,6 +23,7 @@ import traceback
 from ml_collections import config_dict
 
 from qlora_jax import config_rules, errors, files
+from qlora_jax.guarded_files import parse_json, read_limited
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -303,8 +304,8 @@ def _run_config_file(path: pathlib.Path, argument: str | None) -> config_dict.Co
 
 def _read_json(path: pathlib.Path) -> config_dict.ConfigDict:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = parse_json(read_limited(path))
+    except ValueError as error:
         raise errors.ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise errors.ConfigError(f"{path} holds {type(values).__name__}, needed is an object")

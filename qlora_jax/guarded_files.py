@@ -80,6 +80,16 @@ def read_guarded(path: pathlib.Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         WeightsError: it leads out of its folder, is no regular file, or is too large.
     """
     check_inside(path)
+    return read_limited(path, max_bytes)
+
+
+def read_limited(path: pathlib.Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Reads a whole small file that the user named, or that this project wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        WeightsError: it is too large.
+    """
     with open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > max_bytes:
             raise WeightsError(

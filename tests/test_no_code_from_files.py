@@ -6,6 +6,7 @@ import json
 import pathlib
 import pickle
 import tarfile
+import time
 import zipfile
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import tiny_run
 from hostile_files import entry, gguf_bytes, safetensors_bytes
 
-from qlora_jax.errors import UserError, WeightsError
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import DataError, UserError, WeightsError
 from qlora_jax.loading import load_model
 from qlora_jax.weights import open_checkpoint
 from qlora_jax.weights.writing import FolderWriter, Piece, TensorSpec, split_into_files
@@ -155,6 +157,36 @@ def test_an_index_names_files_of_its_own_folder(tmp_path, file):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match="name of a file in that folder|lacks 1 of 1 shards"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("index", ["1", 1.5, -1, 2**40, [[1]], {"a": 1}, True])
+def test_ids_of_special_tokens_are_numbers(tmp_path, index):
+    folder = tiny_run.write_model(tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": index}))
+    with pytest.raises(WeightsError, match="must be a whole number"):
+        Tokenizer.from_file(folder)
+
+
+@pytest.mark.parametrize("token", [1, ["a"], {"content": 3}, {"a": "b"}])
+def test_special_tokens_that_are_no_text_do_not_count(tmp_path, token):
+    folder = tiny_run.write_model(tmp_path / "model")
+    settings = {"eos_token": token, "chat_template": "{{ messages[0].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.from_file(folder)  # the known end of a turn is found by its name
+    assert tokenizer.eos_token_ids == (tokenizer.backend.token_to_id("<|im_end|>"),)
+
+
+def test_a_regular_expression_that_takes_hours_is_given_up(tmp_path):
+    folder = tiny_run.write_model(tmp_path / "model")
+    said = json.loads((folder / "tokenizer.json").read_text())
+    said["pre_tokenizer"] |= {"pattern": {"Regex": "(a+)+$"}}
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    tokenizer = Tokenizer.from_file(folder)
+    assert tokenizer.encode("what")
+    started = time.monotonic()
+    with pytest.raises(DataError, match="a rule in tokenizer.json takes too long"):
+        tokenizer.encode("a" * 60 + "b")
+    assert time.monotonic() - started < 30
 
 
 def test_code_that_comes_with_a_model_stays_where_it_is(tmp_path):

@@ -43,6 +43,7 @@ from qlora_jax.data.spans import ChatTokenizer
 from qlora_jax.data.tfds_files import PREFIX
 from qlora_jax.errors import DataError
 from qlora_jax.files import fingerprint, resolve_path
+from qlora_jax.guarded_files import parse_json, read_limited
 
 _LOGGER = logging.getLogger(__name__)
 _ABOUT = "about.json"
@@ -201,7 +202,7 @@ def _in_memory(fill: Callable[[TableWriter], DataReport]) -> tuple[Table, DataRe
 def _open(folder: pathlib.Path) -> tuple[Table, DataReport] | None:
     """An entry, or None if it is not there or not whole."""
     try:
-        about = json.loads((folder / _ABOUT).read_text())
+        about = parse_json(read_limited(folder / _ABOUT))
         if about["files"] != {name: fingerprint(folder / name) for name in COLUMNS}:
             raise ValueError("a file has other content than it was given")
         return Table.open(folder), DataReport(**about["report"])

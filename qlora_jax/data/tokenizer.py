@@ -17,9 +17,14 @@ import xxhash
 from qlora_jax.data.chat_formats import find_chat_format
 from qlora_jax.data.chat_template import render_chat_template, render_prefixes
 from qlora_jax.data.gguf_tokenizer import adds_bos, build_gguf_tokenizer
-from qlora_jax.data.sentencepiece_model import build_sentencepiece_tokenizer
+from qlora_jax.data.tokenizer_files import (
+    find_template,
+    first_id,
+    is_panic,
+    load_backend,
+    read_optional_json,
+)
 from qlora_jax.errors import DataError, WeightsError
-from qlora_jax.guarded_files import MAX_TOKENIZER_BYTES, read_guarded, read_json_object
 
 # A model may end its turn with another token than the one its files name (SmolLM2 and Qwen name one
 # of the two). These mean the end wherever they are control tokens.
@@ -32,7 +37,6 @@ _END_TOKENS = (
     "<|end|>",
     "</s>",
 )
-_MOST_EXTRA_IDS = 10_000
 
 
 class Tokenizer:
@@ -82,6 +86,12 @@ class Tokenizer:
           add_bos_token: whether the model expects BOS before a plain text.
           chat_template: Jinja source, or None.
         """
+        for index in (bos_token_id, *(eos_token_ids := tuple(eos_token_ids)), pad_token_id):
+            if index is not None and (type(index) is not int or not 0 <= index < 1 << 31):
+                raise WeightsError(
+                    f"the model's files name {index!r} as the id of a special token, which must be "
+                    "a whole number. Download them again."
+                )
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -142,16 +152,16 @@ class Tokenizer:
         path = pathlib.Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         folder = file.parent
-        backend = _load_backend(file)
-        settings = _read_json(folder / "special_tokens_map.json")
-        settings |= _read_json(folder / "tokenizer_config.json")
+        backend = load_backend(file)
+        settings = read_optional_json(folder / "special_tokens_map.json")
+        settings |= read_optional_json(folder / "tokenizer_config.json")
         ids = {
             key: backend.token_to_id(content)
             for key in ("bos_token", "eos_token", "pad_token")
             if (content := _content(settings.get(key))) is not None
         }
-        generation = _read_json(folder / "generation_config.json")
-        model = _read_json(folder / "config.json")
+        generation = read_optional_json(folder / "generation_config.json")
+        model = read_optional_json(folder / "config.json")
         bos = ids.get("bos_token", model.get("bos_token_id"))
         ends = [
             ids.get("eos_token"),
@@ -163,8 +173,8 @@ class Tokenizer:
             bos_token_id=bos,
             eos_token_ids=[index for index in ends if index is not None],
             pad_token_id=ids.get("pad_token"),
-            add_bos_token=bos is not None and backend.encode("a").ids[:1] == [bos],
-            chat_template=_find_template(folder, settings),
+            add_bos_token=bos is not None and first_id(backend, file) == bos,
+            chat_template=find_template(folder, settings),
         )
 
     @classmethod
@@ -243,6 +253,13 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=False).ids
         except TypeError:
             raise DataError(_explain_unencodable(text)) from None
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise DataError(
+                f"the tokenizer gave up on a text of {len(text)} characters ({error}): a rule in "
+                "tokenizer.json takes too long. Download it again, or take another model."
+            ) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Turns ids into a text.
@@ -326,77 +343,12 @@ def _explain_unencodable(text: Any) -> str:
     )
 
 
-def _load_backend(file: pathlib.Path) -> tokenizers.Tokenizer:
-    """Reads `tokenizer.json`."""
-    if not file.is_file():
-        spiece = file.with_name("spiece.model")
-        if spiece.is_file():
-            return build_sentencepiece_tokenizer(spiece, _extra_ids(file.parent))
-        hint = ""
-        if (file.parent / "tokenizer.model").is_file():
-            hint = (
-                " The folder has a SentencePiece tokenizer.model; convert it in an environment "
-                "with transformers: `AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
-            )
-        raise WeightsError(f"{file} (the tokenizer) is missing.{hint}")
-    raw = read_guarded(file, MAX_TOKENIZER_BYTES)
-    try:
-        return tokenizers.Tokenizer.from_buffer(raw)
-    except BaseException as error:  # plain Exception for anything wrong, or a panic of Rust
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise WeightsError(
-            f"{file} cannot be read as a tokenizer: {error}. Download it again."
-        ) from None
-
-
-def _extra_ids(folder: pathlib.Path) -> int:
-    """How many sentinels T5's tokenizer adds: what its files say, else 100, and none for mT5."""
-    said = _read_json(folder / "tokenizer_config.json").get("extra_ids")
-    is_t5 = _read_json(folder / "config.json").get("model_type") == "t5"
-    if said is None:
-        return 100 if is_t5 else 0
-    if type(said) is not int or not 0 <= said <= _MOST_EXTRA_IDS:
-        raise WeightsError(
-            f"{folder / 'tokenizer_config.json'} has extra_ids {said!r}, expected is a number from "
-            f"0 to {_MOST_EXTRA_IDS}. Download it again."
-        )
-    return said
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads an optional JSON object; a file that is not there counts as empty."""
-    try:
-        return read_json_object(path)
-    except FileNotFoundError:
-        return {}
-
-
 def _content(token: Any) -> str | None:
     """Returns a special token's text, which files give as a string or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def _as_list(value: Any) -> list[Any]:
     """Wraps a single value."""
     return value if isinstance(value, list) else [value]
-
-
-def _find_template(folder: pathlib.Path, settings: dict[str, Any]) -> str | None:
-    """Finds the chat template: its own file, or the configuration's, one or several by name."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return read_guarded(file).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise WeightsError(f"{file} is not UTF-8: {error}. Download it again.") from None
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = [item for item in template if isinstance(item, dict)]
-        template = next((t.get("template") for t in named if t.get("name") == "default"), None)
-    if template is not None and not isinstance(template, str):
-        raise WeightsError(
-            f"{folder / 'tokenizer_config.json'} has a chat_template that is no text but "
-            f"{type(template).__name__}. Download it again."
-        )
-    return template

@@ -33,6 +33,7 @@ import psutil
 
 from qlora_jax.config import get_config
 from qlora_jax.errors import ConfigError, TrainingError
+from qlora_jax.guarded_files import parse_json, read_limited
 from qlora_jax.manifest import sync
 from qlora_jax.training.locking import locked
 
@@ -143,7 +144,7 @@ class Workdir:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return parse_json(read_limited(path))
         except ValueError as error:
             raise TrainingError(
                 f"{path} is no JSON ({error}); restore it, or start in a new --workdir"
