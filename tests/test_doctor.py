@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
 
 from qlora_jax import doctor
 
@@ -80,5 +81,6 @@ def test_the_script_prints_the_report(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["doctor.py"])
     with pytest.raises(SystemExit) as raised:
         runpy.run_path(str(_SCRIPT), run_name="__main__")
+    delattr(flags.FLAGS, "workdir")  # which other scripts define, too
     assert not raised.value.code
     assert capsys.readouterr().out.startswith("### Versions")

@@ -29,6 +29,16 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(kind, capsys):
     assert _exit_code(main, capsys) == (2, "error: what was given, what is needed\n")
 
 
+def test_the_notes_of_a_mistake_are_printed(capsys):
+    def main():
+        error = errors.TrainingError("what ended it")
+        error.add_note("where to read more")
+        raise error
+
+    expected = (2, "error: what ended it\nwhere to read more\n")
+    assert _exit_code(main, capsys) == expected
+
+
 def test_ctrl_c_exits_130(capsys):
     def main():
         raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import CheckpointError, ConfigError, TrainingError
 from qlora_jax.training.crash import Progress, crash_reported
 from qlora_jax.training.diagnosis import diagnose
+from qlora_jax.training.interrupts import stop_requested
 from qlora_jax.training.saving import RunCheckpoints, check_resume
 from qlora_jax.training.workdir import Workdir
 
@@ -30,16 +32,22 @@ def files(tmp_path_factory):
     return tiny_run.write_model(folder / "model"), tiny_run.write_data(folder / "sums.jsonl")
 
 
-def make_config(files):
+def make_config(files, **fields):
     config = tiny_run.tiny_config(*files)
     config.train.steps, config.checkpoint.every, config.eval.every = 4, 1, 1
+    config.update_from_flattened_dict(fields)
     return config
 
 
-def train(files, workdir, **options):
+def train(files, workdir, resume="auto", on_step=None, **fields):
+    """Returns what is printed; after an error it is in `train.text`."""
     report, text = tiny_run.quiet_report()
-    training.train(make_config(files), workdir, report=report, **options)
-    return text.getvalue()
+    try:
+        config = make_config(files, **fields)
+        training.train(config, workdir, resume=resume, on_step=on_step, report=report)
+    finally:
+        train.text = text.getvalue()
+    return train.text
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +189,75 @@ def test_resume_refuses_before_anything_is_read_or_made(crashed, files, tmp_path
         check_resume("maybe", crashed)
     check_resume("must", crashed)
     check_resume("never", tmp_path / "new")
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """Sends signals when a phase begins for the n-th time; only once."""
+
+    def send(phase, *numbers, nth=1):
+        seen = []
+
+        def listen(name):
+            seen.extend([name] if name == phase else [])
+            if name == phase and len(seen) == nth:
+                for number in numbers:
+                    signal.raise_signal(number)
+
+        monkeypatch.setattr(phases, "listeners", [listen])
+
+    return send
+
+
+def values(workdir):
+    """What a run wrote, whatever rows it stands in, without times."""
+    found = {}
+    for row in metrics.read_metrics(workdir):
+        for name in ("loss", "heldout_loss", "grad_norm"):
+            if name in row:
+                assert (row["step"], name) not in found
+                found[row["step"], name] = row[name]
+    return found
+
+
+def state(workdir, step=4):
+    path = workdir / "checkpoints"
+    manifest = Checkpointer(path).verify(step)
+    return {name: leaf.hash for name, leaf in manifest.leaves.items()}
+
+
+# Of one run that is stopped again and again: phase, how often it has begun, signals, the steps that
+# are saved then, what is said.
+STOPS = [
+    ("compiling", 1, [15], [], "stopped while compiling"),
+    ("evaluating", 1, [2], [], "stopped while evaluating"),
+    ("evaluating", 2, [15], [2], "stopped after step 2 of 4; everything is saved"),
+    ("saving: leaves written", 1, [15, 2], [2], "stopped while saving"),
+    ("saving: begun", 1, [15], [2, 4], None),  # the last step: nothing is left to stop
+]
+
+
+def test_signals_in_every_phase_lose_nothing_and_change_no_bit(files, tmp_path, at):
+    every = {"eval.every": 2, "checkpoint.every": 2}
+    workdir = tmp_path / "stopped"
+    for phase, nth, numbers, saved, said in STOPS:
+        at(phase, *numbers, nth=nth)
+        if said is None:
+            train(files, workdir, **every)
+        else:
+            with pytest.raises(KeyboardInterrupt) as stop:
+                train(files, workdir, **every)
+            assert getattr(stop.value, "number", signal.SIGINT) == numbers[-1]
+            assert said in train.text and "The same command continues" in train.text
+            assert not (workdir / "result.json").exists()
+        assert Checkpointer(workdir / "checkpoints").steps() == saved
+        assert not (workdir / "crash.json").exists()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not stop_requested()
+    at("none")
+    train(files, tmp_path / "straight", **every)
+    assert values(workdir) == values(tmp_path / "straight")
+    assert state(workdir) == state(tmp_path / "straight")
+    assert not list(workdir.rglob(".*partial*"))
 
 
 def restore(files, workdir, tokenizer=None, **other):
