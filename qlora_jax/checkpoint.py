@@ -24,6 +24,7 @@ costs is said in docs/reliability.md; adapters and their moments are small.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -128,7 +129,7 @@ class Checkpointer:
             with contextlib.suppress(CheckpointError):
                 manifest = self.manifest(step)
                 loss = manifest and manifest.metadata.get(HELDOUT_LOSS)
-                losses |= {step: loss} if isinstance(loss, float) else {}
+                losses |= {step: loss} if isinstance(loss, float) and math.isfinite(loss) else {}
         return min(losses, key=losses.get, default=None)
 
     def manifest(self, step: int) -> Manifest | None:

@@ -1,6 +1,7 @@
 """What is not what was saved is found, said, and passed over."""
 
 import json
+import math
 import os
 import shutil
 
@@ -154,7 +155,7 @@ def test_a_manifest_of_a_newer_version_is_not_called_damaged(copy, monkeypatch):
 
 def test_the_best_stays_beside_the_newest(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep=1)
-    for step, loss in [(1, 3.0), (2, 2.0), (3, None), (4, 2.5)]:
+    for step, loss in [(1, math.nan), (2, 2.0), (3, None), (4, 2.5)]:
         checkpointer.save(step, {"x": jnp.ones(1)}, {"heldout_loss": loss})
     assert checkpointer.steps() == [2, 4] and checkpointer.best_step() == 2
     only = Checkpointer(tmp_path, keep=1, keep_best=False)

@@ -130,7 +130,8 @@ def test_an_interrupt_waits_for_the_step_and_saves_it():
     assert loop.saved == [3]
     assert "stopped after step 3 of 6" in loop.text and "continues" in loop.text
     last = Recorder(interrupt_at=6)
-    last.run(save=100)  # nothing is left to stop
+    with pytest.raises(KeyboardInterrupt):  # what would come after training does not come
+        last.run(save=100)
     assert last.saved == [6]
 
 

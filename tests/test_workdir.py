@@ -233,7 +233,8 @@ STOPS = [
     ("evaluating", 1, [2], [], "stopped while evaluating"),
     ("evaluating", 2, [15], [2], "stopped after step 2 of 4; everything is saved"),
     ("saving: leaves written", 1, [15, 2], [2], "stopped while saving"),
-    ("saving: begun", 1, [15], [2, 4], None),  # the last step: nothing is left to stop
+    ("saving: begun", 1, [15], [2, 4], "stopped after step 4 of 4; everything is saved"),
+    ("finishing", 1, [2], [2, 4], "stopped while finishing"),
 ]
 
 
@@ -242,18 +243,16 @@ def test_signals_in_every_phase_lose_nothing_and_change_no_bit(files, tmp_path, 
     workdir = tmp_path / "stopped"
     for phase, nth, numbers, saved, said in STOPS:
         at(phase, *numbers, nth=nth)
-        if said is None:
+        with pytest.raises(KeyboardInterrupt) as stop:
             train(files, workdir, **every)
-        else:
-            with pytest.raises(KeyboardInterrupt) as stop:
-                train(files, workdir, **every)
-            assert getattr(stop.value, "number", signal.SIGINT) == numbers[-1]
-            assert said in train.text and "The same command continues" in train.text
-            assert not (workdir / "result.json").exists()
+        assert getattr(stop.value, "number", signal.SIGINT) == numbers[-1]
+        assert said in train.text and "The same command continues" in train.text
+        assert not (workdir / "result.json").exists()
         assert Checkpointer(workdir / "checkpoints").steps() == saved
         assert not (workdir / "crash.json").exists()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not stop_requested()
     at("none")
+    train(files, workdir, **every)
     train(files, tmp_path / "straight", **every)
     assert values(workdir) == values(tmp_path / "straight")
     assert state(workdir) == state(tmp_path / "straight")

@@ -170,7 +170,7 @@ def run_steps(
             due = step % intervals.save == 0 and not bad_steps.in_a_row
             if last or watch.requested or due:
                 hooks.save(step, state, position, loss)
-            if watch.requested and not last:
+            if watch.requested:
                 report.interrupted(step, total)
                 phases.enter("stopped")
                 raise Interrupted(watch.number)
