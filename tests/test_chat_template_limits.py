@@ -74,7 +74,7 @@ def test_a_template_that_does_not_end_is_ended(monkeypatch, case):
 
 @pytest.mark.parametrize("case", LARGE | WRONG)
 def test_a_template_that_asks_for_too_much_is_refused(monkeypatch, case):
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 5.0)
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 2.0)
     monkeypatch.setattr(chat_template, "_refused", set())
     with pytest.raises(DataError, match="chat template") as caught:
         render_chat_template((LARGE | WRONG)[case], MESSAGES)
