@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.errors import WeightsError
 from qlora_jax.guarded_files import parse_json
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.weights import open_checkpoint
 from qlora_jax.weights.gguf_header import read_gguf_header
 from qlora_jax.weights.safetensors_header import read_header
@@ -341,6 +342,33 @@ def model_folder(folder: pathlib.Path) -> pathlib.Path:
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "model.safetensors").write_bytes(safetensors_bytes({"norm": entry()}, b"\1"))
     return folder
+
+
+@pytest.mark.parametrize("value", [3, ["llama"], {"a": 1}, True])
+def test_a_family_that_is_no_name(tmp_path, value):
+    folder = model_folder(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"model_type": value}))
+    with pytest.raises(WeightsError, match="model_type in config.json is .*, which must be a name"):
+        open_checkpoint(folder)
+    array = struct.pack("<IQ", 0, 1) + b"\1"
+    (tmp_path / "x.gguf").write_bytes(gguf_bytes([("general.architecture", 9, array)]))
+    with pytest.raises(WeightsError, match="general.architecture is .*, which must be a name"):
+        open_checkpoint(tmp_path / "x.gguf")
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "head_dim")
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**40, "8", 1.5, [8], {"a": 1}, True])
+@pytest.mark.parametrize("key", SIZES)
+def test_sizes_of_a_model_are_checked_before_it_is_made(key, value):
+    config = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 4}
+    assert LlamaConfig.from_hf(config).num_hidden_layers == 2
+    if (key, value) == ("head_dim", 0):  # says nothing, so it is computed
+        return
+    with pytest.raises(WeightsError):
+        LlamaConfig.from_hf(config | {key: value})
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

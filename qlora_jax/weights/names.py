@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+from qlora_jax.errors import WeightsError
 from qlora_jax.weights import t5_names
 
 Style = Literal["hf", "gguf"]
@@ -170,10 +171,16 @@ def naming_of(family: str | None, style: Style) -> str:
     Returns:
       A key of `NAMINGS`, or "t5", whose names are in `t5_names`.
 
+    Raises:
+      WeightsError: the file says something else than a name.
+
     Example:
       >>> naming_of("opt", "hf"), naming_of("llama", "gguf")
       ('opt', 'gguf')
     """
+    if family is not None and not isinstance(family, str):
+        where = "model_type in config.json" if style == "hf" else "general.architecture"
+        raise WeightsError(f"{where} is {family!r}, which must be a name. Download it again.")
     return _OF_FAMILY[style].get(family, style)
 
 
