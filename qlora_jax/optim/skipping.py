@@ -46,6 +46,9 @@ def select(apply_if: ApplyIf, new: PyTree, old: PyTree) -> PyTree:
 def skippable(inner: optax.GradientTransformation) -> Skippable:
     """The same optimizer, with steps that may be left out.
 
+    State in the host's memory is left to the transformation that put it there (`paged`, also inside
+    an `optax.chain`, which hands `apply_if` on): here it would be fetched once more.
+
     Args:
         inner: any optax transformation; one that is skippable is returned as it is.
 
@@ -67,7 +70,12 @@ def skippable(inner: optax.GradientTransformation) -> Skippable:
         apply_if: ApplyIf = True,
         **extra: Any,
     ) -> tuple[PyTree, optax.OptState]:
-        found, new = inner.update(updates, state, params, **extra)
-        return found, select(apply_if, new, state)
+        found, new = inner.update(updates, state, params, apply_if=apply_if, **extra)
+        chosen = jax.tree.map(lambda x, y: x if _on_host(y) else select(apply_if, x, y), new, state)
+        return found, chosen
 
     return Skippable(inner.init, update)
+
+
+def _on_host(x: Array) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host

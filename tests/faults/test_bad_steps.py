@@ -9,6 +9,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_run
 from catalogue import attempt, fault
@@ -16,7 +17,8 @@ from catalogue import attempt, fault
 from qlora_jax import config_rules, training
 from qlora_jax.checkpoint import Checkpointer
 from qlora_jax.metrics import read_metrics
-from qlora_jax.optim import make_optimizer
+from qlora_jax.optim import make_optimizer, paged
+from qlora_jax.optim.skipping import skippable
 from qlora_jax.training import fitting, stepping
 from qlora_jax.training import run as run_lib
 from qlora_jax.training.bad_steps import BadSteps, read_bad_steps
@@ -243,6 +245,7 @@ def test_out_of_memory_in_the_first_step(seen, config, monkeypatch, tmp_path):
     [
         ("adamw", 0),
         ("adamw8bit", None),
+        ("chain", 0),
         pytest.param("adamw", None, marks=pytest.mark.slow),
         pytest.param("adamw8bit", 0, marks=pytest.mark.slow),
         pytest.param("lion", None, marks=pytest.mark.slow),
@@ -252,7 +255,10 @@ def test_out_of_memory_in_the_first_step(seen, config, monkeypatch, tmp_path):
 def test_each_optimizer_leaves_a_step_out_to_the_bit(monkeypatch, name, state_budget):
     """Also where the state lies in the host's memory, and in the middle of good steps."""
     monkeypatch.setattr(importlib.import_module("qlora_jax.optim.paged"), "LEAST_ELEMENTS", 1)
-    tx = make_optimizer(name=name, state_budget=state_budget, weight_decay=0.1)
+    if name == "chain":  # of others' making, around a paged optimizer
+        tx = skippable(optax.chain(optax.clip(1.0), paged(optax.adamw(1e-3), state_budget)))
+    else:
+        tx = make_optimizer(name=name, state_budget=state_budget, weight_decay=0.1)
     keys = iter(jax.random.split(jax.random.key(0), 9))
     params = {n: jax.random.normal(next(keys), (3, 70, 64)) for n in ("lora_a", "lora_b")}
     params["bias"] = jnp.ones(5)

@@ -10,7 +10,7 @@ from catalogue import attempt, fault
 from qlora_jax import training
 from qlora_jax.checkpoint import Checkpointer
 
-pytestmark = pytest.mark.usefixtures("compile_each_program_once")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_each_program_once")]
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +82,8 @@ def test_another_tokenizer(seen, begun, changed):
     seen(begun[1]())
 
 
-@pytest.mark.slow
 @fault(
-    "The chat template is another one, by a space",
+    "The chat template is another one, if only by a comment",
     exit=2,
     says=("error: ", "was trained with other content than", "has now"),
     holds="The run is as it was",
@@ -92,7 +91,7 @@ def test_another_tokenizer(seen, begun, changed):
 def test_another_template(seen, begun, changed):
     def edit(text):
         said = json.loads(text)
-        said["chat_template"] += " "
+        said["chat_template"] += "{# the same conversations, written the same #}"
         return json.dumps(said)
 
     changed("model/tokenizer_config.json", edit)
