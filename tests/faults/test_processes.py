@@ -130,7 +130,7 @@ def test_killed_in_a_save(seen, train, whole, tmp_path):
     "of the run that nothing happened to, and its metrics have no gap and no repeat",
 )
 def test_killed_at_50_random_moments(seen, train, trainer, config, tmp_path):
-    steps, moments = 200, random.Random(0)
+    steps, moments = 150, random.Random(0)
     flags = [f"--config.train.steps={steps}", "--config.checkpoint.every=1"]
     expected, workdir = tmp_path / "expected", tmp_path / "run"
     begun = train(expected, flags[0], "--config.checkpoint.every=1000")
