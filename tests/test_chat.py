@@ -1,5 +1,6 @@
 """The terminal chat, with an engine that needs no model: turns, commands, pipes and a keyboard."""
 
+import codecs
 import io
 import os
 import pty
@@ -241,11 +242,16 @@ class Keyboard:
         )
         os.close(slave)
         self.text = ""
+        # What is read may end in the midst of a character.
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
 
     def type(self, text):
         os.write(self.master, text.encode())
 
     def interrupt(self):
+        # Python's input() misses a signal between the prompt and the wait for a key; a person does
+        # not hit that moment.
+        time.sleep(0.5)
         self.process.send_signal(signal.SIGINT)
 
     def wait_for(self, text, seconds=60):
@@ -254,7 +260,7 @@ class Keyboard:
         while text not in self.text:
             assert time.monotonic() < end, self.text
             if select.select([self.master], [], [], 0.1)[0]:
-                self.text += os.read(self.master, 65536).decode()
+                self.text += self.decoder.decode(os.read(self.master, 65536))
         self.text = self.text.partition(text)[2]
 
 
