@@ -4,17 +4,24 @@
     python scripts/generate.py --model=models/llama --prompt "Why?" --prompt "How?" --top_p=0.9
     python scripts/generate.py --model=models/llama --adapter=adapters/mine --prompt "Why?"
 
-A prompt is one user's turn in the model's chat template; with --raw it is continued as it is.
+A prompt is one user's turn in the model's chat template; with --raw it is continued as it is. A
+single reply is printed while it grows. To talk, see scripts/chat.py.
 """
 
+import jax
 from absl import flags
+from flax import nnx
 
 from qlora_jax import command_line
+from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.generation import generate
+from qlora_jax.generation import Engine, Sampling, generate, stream
+from qlora_jax.generation.batches import Prompt
 from qlora_jax.loading import load_model
+from qlora_jax.models.t5 import T5
 from qlora_jax.peft import load_adapter
 from qlora_jax.training import load_trained
+from qlora_jax.training.building import choose_compute_dtype
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run: its base and newest adapter")
 _MODEL = flags.DEFINE_string(
@@ -42,6 +49,16 @@ _TOP_P = flags.DEFINE_float(
     lower_bound=0.0,
     upper_bound=1.0,
 )
+_MIN_P = flags.DEFINE_float(
+    "min_p",
+    0.0,
+    "choose among the tokens with this share of the likeliest one's probability",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+_REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "above 1: tokens of prompt and reply become less likely"
+)
 _SEED = flags.DEFINE_integer("seed", 0, "of the random choices")
 
 
@@ -62,7 +79,8 @@ def main() -> None:
         model, tokenizer = load_trained(_WORKDIR.value)
     else:
         quant_type = None if _QUANT_TYPE.value == "none" else _QUANT_TYPE.value
-        model, tokenizer = load_model(_MODEL.value, quant_type=quant_type)
+        dtype, _ = choose_compute_dtype("auto", jax.devices()[0])
+        model, tokenizer = load_model(_MODEL.value, quant_type=quant_type, dtype=dtype)
         if _ADAPTER.value is not None:
             model = load_adapter(model, _ADAPTER.value)
     if not _RAW.value and tokenizer.chat_template is None:
@@ -72,14 +90,50 @@ def main() -> None:
     prompts = _PROMPT.value
     if not _RAW.value:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    sampling = Sampling(
+        _TEMPERATURE.value,
+        _TOP_K.value,
+        _TOP_P.value,
+        _MIN_P.value,
+        _REPETITION_PENALTY.value,
+    )
+    if len(prompts) == 1 and not isinstance(model, T5):
+        _print_growing(model, tokenizer, prompts[0], sampling)
+    else:
+        _print_all(model, tokenizer, prompts, sampling)
+
+
+def _print_growing(
+    model: nnx.Module, tokenizer: Tokenizer, prompt: Prompt, sampling: Sampling
+) -> None:
+    engine = Engine(model, tokenizer, slots=1)
+    pieces = stream(
+        engine,
+        prompt,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        sampling=sampling,
+        seed=_SEED.value,
+        adapter=next(iter(engine.adapters), None),
+    )
+    print(prompt if _RAW.value else "", end="", flush=True)
+    for text in pieces:
+        print(text, end="", flush=True)
+    print()
+
+
+def _print_all(
+    model: nnx.Module, tokenizer: Tokenizer, prompts: list[Prompt], sampling: Sampling
+) -> None:
     replies = generate(
         model,
         tokenizer,
         prompts,
         max_new_tokens=_MAX_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
         seed=_SEED.value,
     )
     for i, (prompt, reply) in enumerate(zip(_PROMPT.value, replies, strict=True)):

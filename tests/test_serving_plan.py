@@ -41,6 +41,7 @@ def config(tmp_path):
 
 
 @needs_cuda_wheels
+@pytest.mark.slow
 def test_a_plan_adds_up(config):
     """On an A100, whose kernels are compiled in this process."""
     plan = plan_serving(config, "a100_40gb", batch=2, context=256, longest=False)

@@ -29,7 +29,7 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.t5 import T5, T5Cache
-from qlora_jax.sampling import Sampling, greedy_tokens, sample_tokens
+from qlora_jax.sampling import Sampling, greedy_tokens, penalize_repetition, sample_tokens
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -48,6 +48,8 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> list[str]:
     """Continues (a T5: answers) every prompt until the model ends or `max_new_tokens` are reached.
 
@@ -61,6 +63,8 @@ def generate(
       top_k: see `Sampling`.
       top_p: see `Sampling`.
       seed: of the random choices. The i-th reply depends on the seed, i and the prompt only.
+      min_p: see `Sampling`.
+      repetition_penalty: see `Sampling`; of a T5 only the answer counts, not the prompt.
 
     Returns:
       The replies, without the prompts and without what ended them.
@@ -88,7 +92,7 @@ def generate(
         prompt_ids,
         max_new_tokens=max_new_tokens,
         eos_token_ids=tokenizer.eos_token_ids,
-        sampling=Sampling(temperature, top_k, top_p),
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
         seed=seed,
         is_over=is_over if stops else None,
     )
@@ -231,14 +235,20 @@ class _Run:
     position: Int[Array, " B"]  # of that token, where the model counts
     finished: Bool[Array, " B"]
     step: Int[Array, ""]  # tokens chosen so far
+    seen: Bool[Array, "B V"]  # the tokens of the row
 
 
-def _choose(logits, step, key, sampling: Sampling, greedy: bool) -> Int[Array, " B"]:
+def _choose(
+    logits, seen, step, key, sampling: Sampling, greedy: bool
+) -> tuple[Int[Array, " B"], Bool[Array, "B V"]]:
+    """The next tokens, and what the rows have seen with them."""
+    logits, rows = penalize_repetition(logits, seen, sampling), jnp.arange(logits.shape[0])
     if greedy:
-        return greedy_tokens(logits)
-    rows = jnp.arange(logits.shape[0])
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(rows)
-    return sample_tokens(logits, keys, sampling)
+        token = greedy_tokens(logits)
+    else:
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), step))(rows)
+        token = sample_tokens(logits, keys, sampling)
+    return token, seen.at[rows, token].set(True)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "cache_len", "greedy"))
@@ -248,11 +258,14 @@ def _prefill(graphdef, state, tokens, lengths, sampling, key, eos, *, cache_len,
     batch, width = tokens.shape
     positions = jnp.arange(width) - (width - lengths)[:, None]
     segment_ids = (positions >= 0).astype(jnp.int32)
+    seen = jnp.zeros((batch, model.config.vocab_size), bool)
     if isinstance(model, T5):
         start = jnp.full((batch, 1), model.config.decoder_start_token_id, jnp.int32)
         cache = model.init_cache(tokens, cache_len, segment_ids)
         hidden, cache = model.decode_cached(start, cache)
+        seen = seen.at[:, model.config.decoder_start_token_id].set(True)
     else:
+        seen = seen.at[jnp.arange(batch)[:, None], tokens].max(positions >= 0)
         hidden, cache = model.hidden_states(
             tokens,
             positions=jnp.maximum(positions, 0),
@@ -260,8 +273,8 @@ def _prefill(graphdef, state, tokens, lengths, sampling, key, eos, *, cache_len,
             cache=model.init_cache(batch, cache_len),
         )
     step = jnp.zeros((), jnp.int32)
-    token = _choose(model.head(hidden[:, -1]), step, key, sampling, greedy)
-    return _Run(cache, token, position=lengths, finished=jnp.isin(token, eos), step=step + 1)
+    token, seen = _choose(model.head(hidden[:, -1]), seen, step, key, sampling, greedy)
+    return _Run(cache, token, lengths, jnp.isin(token, eos), step + 1, seen)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "greedy"), donate_argnames=("run",))
@@ -279,10 +292,10 @@ def _decode_chunk(
         model = nnx.merge(graphdef, state)
         positions = run.position[:, None]
         logits, cache = model(run.token[:, None], positions=positions, cache=run.cache)
-        token = _choose(logits[:, -1], run.step, key, sampling, greedy)
+        token, seen = _choose(logits[:, -1], run.seen, run.step, key, sampling, greedy)
         token = jnp.where(run.finished, eos[0], token)
         finished = run.finished | jnp.isin(token, eos)
-        run = _Run(cache, token, run.position + 1, finished, run.step + 1)
+        run = _Run(cache, token, run.position + 1, finished, run.step + 1, seen)
         return run, jax.lax.dynamic_update_slice(chunk, token[:, None], (0, count)), count + 1
 
     chunk = jnp.broadcast_to(eos[0], (run.token.shape[0], CHUNK))

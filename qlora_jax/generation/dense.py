@@ -125,7 +125,8 @@ def with_dense_copy(model: Llama, *, one_row: bool) -> Llama:
     linears = _linears(model)
     copies = {}
     for path, node in nnx.iter_graph(model):
-        if (linear := linears.get(join_path(path))) is not None:
+        linear = linears.get(join_path(path))
+        if linear is not None and (one_row or not _is_dense(linear, dtype)):
             copies[id(node)] = DenseLinear(linear, dtype, one_row=one_row)
     table = _head_table(model)
     model = substitute(model, copies, {})
@@ -142,6 +143,12 @@ def _linears(model: Llama) -> dict[str, QLoRALinear]:
         for path, node in nnx.iter_graph(model)
         if (name := join_path(path)) in paths and not is_head(path, node)
     }
+
+
+def _is_dense(linear: QLoRALinear, dtype: jnp.dtype) -> bool:
+    """Whether a layer lies in memory as it does in a copy for several rows."""
+    kernel = linear.kernel.get_value()
+    return isinstance(kernel, jax.Array) and kernel.dtype == dtype
 
 
 def _head_table(model: Llama) -> Float[Array, "V D"] | None:
