@@ -72,6 +72,17 @@ def test_a_template_that_does_not_end_is_ended(monkeypatch, case):
     assert still_renders()
 
 
+@pytest.mark.parametrize("case", ["brackets", "blocks"])
+def test_a_template_that_cannot_be_compiled_is_refused_alike_each_time(case):
+    said = []
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            render_chat_template(WRONG[case], MESSAGES)
+        said.append(str(caught.value))
+        assert still_renders()
+    assert said[0] == said[1] and "chat template" in said[0]
+
+
 @pytest.mark.parametrize("case", LARGE | WRONG)
 def test_a_template_that_asks_for_too_much_is_refused(monkeypatch, case):
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 2.0)
@@ -120,6 +131,7 @@ def test_values_that_json_does_not_have_become_text():
 
 
 def test_a_conversation_longer_than_any_context_is_refused(monkeypatch):
+    monkeypatch.setattr(chat_template, "_worker", None)
     monkeypatch.setattr(chat_template, "_MOST_REQUEST_BYTES", 1000)
     with pytest.raises(DataError, match="longer than any model's context"):
         render_chat_template(PLAIN, [{"role": "user", "content": "x" * 1000}])
@@ -167,6 +179,14 @@ def test_ctrl_c_while_rendering_leaves_no_answer_behind(monkeypatch):
         render_chat_template(SLOW["loops in loops"], MESSAGES)
     timer.join()
     assert still_renders()
+
+
+def test_a_process_that_somebody_ended_is_replaced():
+    assert still_renders()
+    process = chat_template._worker._process
+    process.kill()
+    process.wait()
+    assert still_renders() and chat_template._worker._process.pid != process.pid
 
 
 def test_more_templates_than_a_process_keeps():

@@ -15,6 +15,7 @@ the bit, and what is asked of the model afterwards should look like what it was 
 """
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -150,7 +151,8 @@ class _Worker:
             start_new_session=True,
             env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUTF8": "1"},
         )
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}  # of the templates that it has compiled
+        self._free = itertools.count()
         try:
             self._receive(_START_SECONDS)
         except _Ended:
@@ -160,24 +162,24 @@ class _Worker:
             ) from None
 
     @property
-    def full(self) -> bool:
-        """Whether another process should take the next template."""
-        return len(self._numbers) >= _MOST_TEMPLATES
+    def spent(self) -> bool:
+        """Whether another process should take over: this one is full, or somebody has ended it."""
+        return len(self._numbers) >= _MOST_TEMPLATES or self._process.poll() is not None
 
     def render(
         self, template: str, variables: Mapping[str, Any], wanted: Sequence[tuple[int, bool]]
     ) -> dict[str, Any]:
         """See `template_worker.answer`; anything that goes wrong ends the process."""
         raw = json.dumps(variables, default=str)
+        known = template in self._numbers
         request = {
-            "number": self._numbers.get(template, len(self._numbers)),
+            "number": self._numbers[template] if known else next(self._free),
             "seconds": RENDER_SECONDS,
             "most_characters": (1 << 20) + 16 * len(raw),
             "wanted": wanted,
         }
-        if template not in self._numbers:
+        if not known:
             request["template"] = template
-            self._numbers[template] = request["number"]
         # The variables are put in as the text they are: encoding them twice would take longer.
         message = f'{json.dumps(request)[:-1]}, "variables": {raw}}}'.encode()
         if len(message) > _MOST_REQUEST_BYTES:
@@ -191,8 +193,8 @@ class _Worker:
             except BrokenPipeError:
                 raise _Ended from None
             answer = self._receive(RENDER_SECONDS)
-        if answer.get("failure") == "syntax":
-            del self._numbers[template]
+        if answer["compiled"]:
+            self._numbers[template] = request["number"]
         return answer
 
     def end(self) -> None:
@@ -249,7 +251,7 @@ def _ask(
     with _lock:
         if template in _refused:
             return failure
-        if _worker is not None and _worker.full:
+        if _worker is not None and _worker.spent:
             _worker.end()
             _worker = None
         if _worker is None:

@@ -149,6 +149,7 @@ def main() -> None:
             return
         limit_time(request["seconds"])
         message = answer(request, compiled)
+        message["compiled"] = request["number"] in compiled
 
 
 if __name__ == "__main__":
