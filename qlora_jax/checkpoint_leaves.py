@@ -119,4 +119,7 @@ def check_fit(
             problems.append(f"{name}: the checkpoint has {found}, expected is {wanted[name]}")
     if problems:
         lines = "".join(f"\n  {problem}" for problem in sorted(problems))
-        raise CheckpointError(f"{path} does not fit what it is restored into:{lines}")
+        raise CheckpointError(
+            f"{path} does not fit what it is restored into:{lines}\nGive it the configuration and "
+            "the version that saved it, or begin in a new directory"
+        )
