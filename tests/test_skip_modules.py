@@ -1,6 +1,7 @@
-"""`llm_int8_skip_modules`: what transformers does with names, and nothing that takes hours."""
+"""Patterns that come with a model or adapter mean what they mean elsewhere, and take no hours."""
 
 import itertools
+import pathlib
 import re
 import time
 
@@ -11,6 +12,8 @@ from qlora_jax.errors import WeightsError
 from qlora_jax.layer_formats import is_skipped, said_formats
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
+from qlora_jax.weights import foreign_expressions
+from qlora_jax.weights.peft_config import PeftConfig
 
 MODULES = [
     "lm_head",
@@ -95,3 +98,49 @@ def test_what_is_no_list_of_names_is_refused(skip):
     assert "layers/mlp/up_proj" in said_formats(config, model)
     said["llm_int8_skip_modules"] = ["model.layers.*.mlp"]
     assert "layers/mlp/up_proj" not in said_formats(config, model)
+
+
+ADAPTER = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+LAYERS = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qkvo"]
+PATH = pathlib.Path("adapter_config.json")
+# As a tool that trains language and vision writes it.
+REAL = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:k_proj|q_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:k_proj|q_proj)))"
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": "(.*.*)*x"},
+        {"target_modules": "(?:(?:[a-z_.0-9]+)+)+!"},
+        {"rank_pattern": {"(.*.*)*x": 4}},
+        {"alpha_pattern": {"(.*.*)*x": 4.0}},
+        {"exclude_modules": "(.*.*)*x"},
+        {"layers_to_transform": [1], "layers_pattern": ["(.*.*)*x"]},
+    ],
+)
+def test_expressions_of_an_adapter_that_take_years_are_refused(monkeypatch, change):
+    monkeypatch.setattr(foreign_expressions, "SECONDS", 0.5)
+    config = PeftConfig.from_json(ADAPTER | change, PATH)
+    with pytest.raises(WeightsError, match="cannot be compared with the names.*within 0.5 s"):
+        foreign_expressions.try_expressions(config.expressions(), LAYERS, PATH)
+
+
+@pytest.mark.parametrize("pattern", ["(" * 5000 + ")" * 5000, "a{99999999999999}", "a" * 5000])
+def test_expressions_of_an_adapter_that_cannot_be_compiled_are_refused(pattern):
+    with pytest.raises(WeightsError, match="rank_pattern is .*, expected is a regular expression"):
+        PeftConfig.from_json(ADAPTER | {"rank_pattern": {pattern: 4}}, PATH)
+
+
+def test_real_expressions_of_adapters_are_used():
+    change = {"target_modules": REAL, "rank_pattern": {".*layers.1.*q_proj": 4, "k_proj": 2}}
+    config = PeftConfig.from_json(ADAPTER | change, PATH)
+    assert len(config.expressions()) == 2
+    foreign_expressions.try_expressions(config.expressions(), LAYERS, PATH)
+    assert [name for name in LAYERS if config.targets(name)] == [
+        name for name in LAYERS if name.endswith(("q_proj", "k_proj"))
+    ]
+    ranks = {name: config.rank_of(name) for name in LAYERS[4:7]}
+    assert list(ranks.values()) == [4, 2, 8]

@@ -31,6 +31,7 @@ from qlora_jax.data import template_worker
 from qlora_jax.errors import DataError
 
 RENDER_SECONDS = 10.0  # a conversation takes a fraction of a millisecond
+_NEEDED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")  # by some Pythons, to start
 _START_SECONDS = 120.0
 _MOST_REQUEST_BYTES = 32 << 20
 _MOST_TEMPLATES = 64
@@ -149,7 +150,10 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             start_new_session=True,
-            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUTF8": "1"},
+            env={
+                **{name: os.environ[name] for name in _NEEDED if name in os.environ},
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
         )
         self._numbers: dict[str, int] = {}  # of the templates that it has compiled
         self._free = itertools.count()

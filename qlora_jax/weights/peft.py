@@ -23,6 +23,7 @@ import numpy as np
 from qlora_jax.errors import WeightsError
 from qlora_jax.guarded_files import check_inside
 from qlora_jax.weights.files import PICKLE_SUFFIXES
+from qlora_jax.weights.foreign_expressions import try_expressions
 from qlora_jax.weights.peft_config import PeftConfig
 from qlora_jax.weights.safetensors import read_entry, read_json
 from qlora_jax.weights.safetensors_header import DTYPE_NAMES, Entry, read_header
@@ -74,6 +75,7 @@ def open_adapter(
         raise WeightsError(_explain_no_weights(folder))
     check_inside(folder / WEIGHTS_FILE)
     entries = read_header(folder / WEIGHTS_FILE)
+    try_expressions(config.expressions(), list(linears), folder / CONFIG_FILE)
     targets = [module for module in linears if config.targets(module)]
     if not targets:
         raise WeightsError(

@@ -50,6 +50,8 @@ _KNOWN = frozenset(
 )
 # Other initialisations take something away from the base, to which the adapter then belongs.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_LONGEST = 4096
+_PLAIN = re.compile(r"[\w.-]*+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +143,23 @@ class PeftConfig:
         if self.layers_to_transform is None or module in self.target_modules:
             return True
         for pattern in self.layers_pattern or ("[^.]*",):
-            if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            if found := re.match(_of_layers(pattern), module):
                 return int(found[found.lastindex]) in self.layers_to_transform
         return False
+
+    def expressions(self) -> list[tuple[str, str]]:
+        """The regular expressions that are used, save plain names, and how; see `re`.
+
+        Example:
+          >>> PeftConfig(8, 16.0, False, 0.0, ".*_proj", rank_pattern={"q_proj": 4}).expressions()
+          [('fullmatch', '.*_proj')]
+        """
+        whole = [names for names in (self.target_modules, self.exclude_modules) if names]
+        found = [("fullmatch", names, names) for names in whole if isinstance(names, str)]
+        found += [("match", _of_layers(pattern), pattern) for pattern in self.layers_pattern]
+        ends = [*self.rank_pattern, *self.alpha_pattern]
+        found += [("match", _at_the_end(pattern), pattern) for pattern in ends]
+        return [(how, used) for how, used, said in found if not _PLAIN.fullmatch(said)]
 
     def rank_of(self, module: str) -> int:
         """The rank of a layer's adapter."""
@@ -265,11 +281,23 @@ class _Reader:
 
     def expression(self, key: str, value: str) -> str:
         """A regular expression."""
+        forms = {"layers_pattern": _of_layers, "rank_pattern": _at_the_end}
+        used = (forms | {"alpha_pattern": _at_the_end}).get(key, str)(value)
         try:
-            re.compile(value)
-        except re.error as error:
+            if len(value) > _LONGEST:
+                raise re.error(f"of at most {_LONGEST} characters")
+            re.compile(used)
+        except (re.error, RecursionError, OverflowError) as error:
             raise self.wrong(key, value, f"a regular expression ({error})") from None
         return value
+
+
+def _of_layers(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(\d+)\."
+
+
+def _at_the_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def _names_it(names: str | tuple[str, ...], module: str) -> bool:
@@ -280,6 +308,6 @@ def _names_it(names: str | tuple[str, ...], module: str) -> bool:
 
 def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(_at_the_end(key), module):
             return value
     return default
