@@ -54,6 +54,10 @@ from qlora_jax.training import TrainResult as TrainResult
 from qlora_jax.training import load_trained as load_trained
 from qlora_jax.training import train as train
 
+# Talk to it (a server: qlora_jax.serving)
+from qlora_jax.chat import Chat as Chat
+from qlora_jax.chat_models import load_engine as load_engine
+
 # Which model is better, by judges' verdicts
 from qlora_jax.evaluation import bradley_terry as bradley_terry
 from qlora_jax.evaluation import elo_ratings as elo_ratings

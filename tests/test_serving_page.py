@@ -6,6 +6,7 @@ import pytest
 from fake_engine import REPLY_WORDS, FakeEngine
 from running_server import running, wait_until
 
+from qlora_jax import serving
 from qlora_jax.evaluation import read_ratings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra dev (playwright)")
@@ -180,6 +181,17 @@ def test_settings_are_used_and_kept(page, server):
     assert page.get_by_label("Temperature").input_value() == "0"
 
 
+def test_the_page_asks_for_no_more_than_the_server_gives(browser):
+    with running(limits=serving.Limits(new_tokens=3)) as (url, _):
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(url)
+        send(page, "x")
+        complete(page)
+        assert "cut at 3 tokens" in page.locator("#view-chat .foot").inner_text()
+        context.close()
+
+
 def test_by_keyboard_alone(page):
     assert page.evaluate("document.activeElement.tagName") == "TEXTAREA"
     page.keyboard.type("one\ntwo".split("\n")[0])
@@ -252,8 +264,6 @@ def test_with_reduced_motion_nothing_moves(browser, server):
 
 
 def test_a_server_with_a_token_asks_for_it(browser):
-    from qlora_jax import serving
-
     token = "correct-horse-battery-staple"
     with running(access=serving.Access(token=token)) as (url, _):
         context = browser.new_context()
@@ -270,8 +280,6 @@ def test_a_server_with_a_token_asks_for_it(browser):
 
 
 def test_a_full_queue_is_shown_and_the_conversation_goes_on(browser):
-    from qlora_jax import serving
-
     with running(FakeEngine(slots=1), limits=serving.Limits(waiting=0)) as (url, service):
         context = browser.new_context()
         page, other = context.new_page(), context.new_page()

@@ -65,7 +65,9 @@ def test_two_hosts_or_none_are_not_answered(url):
     assert raw(url, twice).split(b"\r\n")[0].split(b" ")[1] in (b"400", b"421")
 
 
-@pytest.mark.parametrize("host", ["localhost:{}", "127.0.0.1:{}", "[::1]:{}", "LOCALHOST"])
+@pytest.mark.parametrize(
+    "host", ["localhost:{}", "127.0.0.1:{}", "[::1]:{}", "LOCALHOST", "127.0.0.2:{}"]
+)
 def test_names_of_this_machine_are(http, host):
     host = host.format(http.base_url.port)
     assert http.get("/health", headers={"host": host}).status_code == 200

@@ -180,6 +180,7 @@ class _Api:
             "owned_by": "qlora_jax",
             "root": service.base_name,
             "max_model_len": service.engine.max_len,
+            "max_new_tokens": service.limits.new_tokens,
         }
         data = [
             {"id": name, **shared, "parent": None if name == service.base_name else shared["root"]}

@@ -109,7 +109,7 @@ class Access:
     def _knows(self, name: str) -> bool:
         if name in self.names or name in _LOOPBACK_NAMES:
             return True
-        return not self.local and _is_address(name)
+        return is_loopback(name) if self.local else _is_address(name)
 
     def _check_token(self, authorization: str) -> None:
         scheme, _, given = authorization.partition(" ")

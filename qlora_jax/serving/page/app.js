@@ -5,7 +5,7 @@ import { showChat } from "./chat.js";
 import { showCompare } from "./compare.js";
 import { byId, notify } from "./dom.js";
 import { showGame } from "./game.js";
-import { connectSettings, openSettings } from "./settings.js";
+import { connectSettings, limitAnswers, openSettings } from "./settings.js";
 
 const NAMES = ["chat", "compare", "game"];
 const views = {};
@@ -48,6 +48,7 @@ async function start() {
   let models;
   try {
     models = (await get("/v1/models")).data;
+    limitAnswers(models[0]);
     const names = models.map(({ id }) => id);
     const base = models.find(({ parent }) => !parent).id;
     byId("base-name").textContent = base;

@@ -2,7 +2,7 @@
 
 import { stream } from "./api.js";
 import { announce, make, showText } from "./dom.js";
-import { settings } from "./settings.js";
+import { longestAnswer, settings } from "./settings.js";
 
 export class Conversation {
   /** `model()` names who answers; `scroll(force)` keeps the end in sight. */
@@ -85,7 +85,7 @@ export class Conversation {
       model,
       messages: [...system, ...this.messages],
       temperature: settings.temperature,
-      max_tokens: settings.maxTokens,
+      max_tokens: longestAnswer(),
       stream: true,
       stream_options: { include_usage: true },
     };

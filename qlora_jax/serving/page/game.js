@@ -2,7 +2,7 @@
 
 import { get, post, stream } from "./api.js";
 import { announce, choice, make, notify, select, showText } from "./dom.js";
-import { settings } from "./settings.js";
+import { longestAnswer, settings } from "./settings.js";
 
 const SIDES = ["a", "b"];
 
@@ -143,7 +143,7 @@ class Game {
       models: this.players.map((player) => player.value),
       system: settings.system || undefined,
       temperature: settings.temperature,
-      max_tokens: settings.maxTokens,
+      max_tokens: longestAnswer(),
     };
   }
 

@@ -27,6 +27,15 @@ function save() {
   keep(sessionStorage, `${KEY}.token`, token);
 }
 
+let most = Infinity;
+
+/** Takes note of what the server gives: a longer answer would be refused, not cut. */
+export function limitAnswers({ max_new_tokens: tokens, max_model_len: context }) {
+  most = Math.min(tokens, Math.floor(context / 2));
+}
+
+export const longestAnswer = () => Math.min(settings.maxTokens, most);
+
 export const shownTemperature = () => settings.temperature.toFixed(2);
 
 /** Connects the dialog; `onchange` is called whenever it closes. */
