@@ -1,6 +1,7 @@
 """Tell them apart: anonymity, votes, and the file that the evaluation reads."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -159,6 +160,18 @@ def test_one_file_can_hold_several_systems(tmp_path):
     assert question.answers == {"x": "x", "y": "y", "z": "z"}
     with pytest.raises(DataError, match="also a model here"):
         check_playable([question], ["y"])
+
+
+def test_the_authors_generations_are_read_as_they_are():
+    folder = pathlib.Path(__file__).parents[2] / "shared/data/qlora_eval/vicuna_generations"
+    if not folder.is_dir():
+        pytest.skip("needs shared/data/qlora_eval")
+    names = ("13b-guanaco", "13b-alpaca")
+    stored = read_stored(
+        [f"{name}={folder}/{name}-vicuna-generations-topp0.9-temp0.7.jsonl" for name in names]
+    )
+    assert len(stored) == 80 and all(set(one.answers) == set(names) for one in stored)
+    assert stored[0].question == "How can I improve my time management skills?"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from running_server import running, wait_until
 
 from qlora_jax import serving
 from qlora_jax.evaluation import read_ratings
+from qlora_jax.serving.stored import StoredQuestion
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra dev (playwright)")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -143,6 +144,24 @@ def test_a_vote(page, server):
     ratings = read_ratings(votes)
     assert ratings.score.tolist()[before:] == [1, 0.5]
     assert len(votes.read_text().splitlines()) == before + 2
+
+
+def test_stored_answers(browser, tmp_path):
+    stored = [StoredQuestion("1", "Which one?", {"x": "from x", "y": "from y"})]
+    with running(votes=tmp_path / "votes.jsonl", stored=stored) as (url, _):
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(url)
+        page.get_by_role("tab", name="Tell them apart").click()
+        page.get_by_role("radio", name="From files (1)").check()
+        page.get_by_role("button", name="Draw a question").click()
+        page.get_by_role("button", name="B is better").click()
+        playwright.expect(page.get_by_role("button", name="Next round")).to_be_visible()
+        assert page.locator("#view-game .question").inner_text() == "Which one?"
+        names = page.locator("#view-game .name").all_inner_texts()
+        assert page.locator("#view-game .answer").all_inner_texts() == [f"from {n}" for n in names]
+        context.close()
+    assert read_ratings(tmp_path / "votes.jsonl").systems == ("x", "y")
 
 
 def test_output_is_text_and_never_markup(page):
