@@ -28,7 +28,7 @@ export function notify(text) {
 
 const ICONS = {
   send: "M10 16V4m0 0L5 9m5-5 5 5",
-  stop: "M6.5 6.5h7v7h-7z",
+  stop: "M6 6h8v8H6z",
 };
 
 export function icon(name) {
@@ -39,6 +39,7 @@ export function icon(name) {
   }
   const path = document.createElementNS(space, "path");
   path.setAttribute("d", ICONS[name]);
+  svg.classList.toggle("solid", name === "stop");
   svg.append(path);
   return svg;
 }
