@@ -24,7 +24,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qlora_jax.chat import COMMANDS, Chat, Reply, run_command
+from qlora_jax.chat import Chat, Reply
+from qlora_jax.chat_commands import COMMANDS, run_command
 from qlora_jax.errors import UserError
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

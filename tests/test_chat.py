@@ -15,7 +15,8 @@ from fake_engine import REPLY_WORDS, FakeEngine
 from rich.cells import cell_len
 from rich.console import Console
 
-from qlora_jax.chat import COMMANDS, Chat, Settings, run_command
+from qlora_jax.chat import Chat, Settings
+from qlora_jax.chat_commands import COMMANDS, run_command
 from qlora_jax.chat_models import load_engine, named_paths
 from qlora_jax.chat_terminal import Terminal, WordWrap, printable
 from qlora_jax.data.records import load_records
