@@ -23,7 +23,9 @@ from qlora_jax.errors import CheckpointError, ConfigError
 from qlora_jax.generation import Engine, Request, Sampling, encode_prompt
 from qlora_jax.loading import load_model
 from qlora_jax.peft import load_adapter
+from qlora_jax.subtraction import SUBTRACTED_FILE
 from qlora_jax.training import load_trained
+from qlora_jax.training.building import choose_compute_dtype
 
 _RESERVED = ("on", "off")
 _MOST_COMPILED_BYTES = 1 << 30
@@ -73,6 +75,8 @@ def load_engine(
         )
     paths = named_paths(workdirs or adapters)
     if workdirs:
+        for path in paths.values():
+            _refuse_residual(path)
         bases = {name: _base_of(path) for name, path in paths.items()}
         _check_same(bases)
         source = next(iter(bases.values()))["path"]
@@ -81,7 +85,8 @@ def load_engine(
         adapted: dict[str, nnx.Module] = {name: one for name, (one, _) in loaded.items()}
     else:
         source = model
-        base, tokenizer = load_model(model, quant_type=quant_type)
+        dtype, _ = choose_compute_dtype("auto", jax.devices()[0])
+        base, tokenizer = load_model(model, quant_type=quant_type, dtype=dtype)
         adapted = {name: load_adapter(base, path) for name, path in paths.items()}
     name = base_name(source)
     if name in adapted:
@@ -169,6 +174,17 @@ def _base_of(workdir: str) -> dict[str, Any]:
     if not file.exists():
         raise CheckpointError(f"{workdir} holds no run (no config.json); give the --workdir of one")
     return load_config(file).model.to_dict()
+
+
+def _refuse_residual(workdir: str) -> None:
+    """Without its adapter such a run's model is not the base, and the adapter fits no other."""
+    if (pathlib.Path(workdir).expanduser() / SUBTRACTED_FILE).exists():
+        raise ConfigError(
+            f"{workdir} began with a part of the base in its adapter, so it cannot be compared "
+            "with the base as it is. Write the equivalent adapter, python scripts/export.py "
+            f"--workdir={workdir} --format=peft --out=adapter, and give --model=BASE "
+            "--adapter=adapter"
+        )
 
 
 def _check_same(bases: Mapping[str, Mapping[str, Any]]) -> None:

@@ -15,23 +15,12 @@ from absl import flags
 from rich.console import Console
 from rich.text import Text
 
-from qlora_jax import command_line
+from qlora_jax import command_line, model_flags
 from qlora_jax.chat import Chat, Settings
 from qlora_jax.chat_models import keep_compiled, load_engine, warm_up
 from qlora_jax.chat_terminal import Terminal
 
-_WORKDIR = flags.DEFINE_multi_string(
-    "workdir", [], "directory of a run: its base and newest adapter; several, of one base: NAME=DIR"
-)
-_MODEL = flags.DEFINE_string(
-    "model", None, "a model: a folder, a GGUF file, package:<name>/<file>, or a name on the hub"
-)
-_ADAPTER = flags.DEFINE_multi_string(
-    "adapter", [], "with --model: the folder of a PEFT adapter, or NAME=FOLDER; can be repeated"
-)
-_QUANT_TYPE = flags.DEFINE_enum(
-    "quant_type", "nf4", ["nf4", "fp4", "int4", "none"], "with --model: how to hold the weights"
-)
+_MODEL = model_flags.define(several=True)
 _SYSTEM = flags.DEFINE_string("system", "", "the system prompt")
 _MAX_LEN = flags.DEFINE_integer(
     "max_len", None, "tokens of a conversation; None: what the model sees, at most 4096", 2
@@ -64,13 +53,10 @@ def main() -> None:
     keep_compiled()
     with notes.status("loading …"):
         engine, tokenizer, base_name = load_engine(
-            workdirs=_WORKDIR.value,
-            model=_MODEL.value,
-            adapters=_ADAPTER.value,
-            quant_type=None if _QUANT_TYPE.value == "none" else _QUANT_TYPE.value,
+            **_MODEL.engine_arguments(),
             # A row each for the base and the adapters: /compare asks all, and each keeps what it
             # has read of the conversation.
-            slots=max(1, len(_WORKDIR.value) + len(_ADAPTER.value) + 1),
+            slots=max(1, len(_MODEL.workdir.value) + len(_MODEL.adapter.value) + 1),
             max_len=_MAX_LEN.value,
         )
         chat = Chat(engine, tokenizer, base_name=base_name, system=_SYSTEM.value, settings=settings)

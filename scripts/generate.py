@@ -8,31 +8,19 @@ A prompt is one user's turn in the model's chat template; with --raw it is conti
 single reply is printed while it grows. To talk, see scripts/chat.py.
 """
 
-import jax
 from absl import flags
 from flax import nnx
 
-from qlora_jax import command_line
+from qlora_jax import command_line, model_flags
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, DataError
 from qlora_jax.generation import Engine, Sampling, generate, stream
 from qlora_jax.generation.batches import Prompt
-from qlora_jax.loading import load_model
 from qlora_jax.models.t5 import T5
-from qlora_jax.peft import load_adapter
-from qlora_jax.training import load_trained
-from qlora_jax.training.building import choose_compute_dtype
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run: its base and newest adapter")
-_MODEL = flags.DEFINE_string(
-    "model", None, "a model without adapter: a folder, a GGUF file, or package:<name>/<file>"
-)
-_ADAPTER = flags.DEFINE_string("adapter", None, "with --model: the folder of a PEFT LoRA adapter")
+_MODEL = model_flags.define()
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "what to answer; can be given several times")
 _RAW = flags.DEFINE_bool("raw", False, "continue the prompt as it is, without the chat template")
-_QUANT_TYPE = flags.DEFINE_enum(
-    "quant_type", "nf4", ["nf4", "fp4", "int4", "none"], "with --model: how to hold the weights"
-)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 128, "longest reply, in tokens", lower_bound=1
 )
@@ -64,25 +52,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the random choices")
 
 def main() -> None:
     """Loads, generates and prints."""
-    if (_WORKDIR.value is None) == (_MODEL.value is None):
-        raise ConfigError(
-            "give either --workdir=runs/name (with adapter) or --model=path (without)"
-        )
-    if _ADAPTER.value is not None and _MODEL.value is None:
-        raise ConfigError(
-            "--adapter goes onto a --model; a --workdir has an adapter of its own. Give "
-            "--model=path, the base of the adapter, instead"
-        )
     if not _PROMPT.value:
         raise ConfigError('nothing to answer; give --prompt "..."')
-    if _WORKDIR.value is not None:
-        model, tokenizer = load_trained(_WORKDIR.value)
-    else:
-        quant_type = None if _QUANT_TYPE.value == "none" else _QUANT_TYPE.value
-        dtype, _ = choose_compute_dtype("auto", jax.devices()[0])
-        model, tokenizer = load_model(_MODEL.value, quant_type=quant_type, dtype=dtype)
-        if _ADAPTER.value is not None:
-            model = load_adapter(model, _ADAPTER.value)
+    model, tokenizer = _MODEL.load()
     if not _RAW.value and tokenizer.chat_template is None:
         raise DataError(
             "this model has no chat template; add --raw to continue the prompt as it is"

@@ -14,21 +14,10 @@ import time
 
 from absl import flags
 
-from qlora_jax import command_line, serving
+from qlora_jax import command_line, model_flags, serving
 from qlora_jax.chat_models import keep_compiled, load_engine, warm_up
 
-_WORKDIR = flags.DEFINE_multi_string(
-    "workdir", [], "directory of a run: its base and newest adapter; several, of one base: NAME=DIR"
-)
-_MODEL = flags.DEFINE_string(
-    "model", None, "a model: a folder, a GGUF file, package:<name>/<file>, or a name on the hub"
-)
-_ADAPTER = flags.DEFINE_multi_string(
-    "adapter", [], "with --model: the folder of a PEFT adapter, or NAME=FOLDER; can be repeated"
-)
-_QUANT_TYPE = flags.DEFINE_enum(
-    "quant_type", "nf4", ["nf4", "fp4", "int4", "none"], "with --model: how to hold the weights"
-)
+_MODEL = model_flags.define(several=True)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "the address to listen at")
 _PORT = flags.DEFINE_integer("port", 8000, "the port to listen at; 0: any that is free", 0, 65535)
 _ALLOWED_HOST = flags.DEFINE_multi_string(
@@ -60,10 +49,7 @@ def main() -> None:
     print("loading …", file=sys.stderr)
     keep_compiled()
     engine, tokenizer, base_name = load_engine(
-        workdirs=_WORKDIR.value,
-        model=_MODEL.value,
-        adapters=_ADAPTER.value,
-        quant_type=None if _QUANT_TYPE.value == "none" else _QUANT_TYPE.value,
+        **_MODEL.engine_arguments(),
         slots=_SLOTS.value,
         max_len=_MAX_LEN.value,
         kv_dtype=_KV_DTYPE.value,
