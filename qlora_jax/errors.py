@@ -43,6 +43,10 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not what was saved; an older one may be."""
 
 
+class EvaluationError(UserError):
+    """An evaluation cannot be continued, or its answers cannot be kept."""
+
+
 class TrainingError(UserError):
     """A run cannot go on, for example because its loss is not a number any more."""
 

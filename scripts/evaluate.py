@@ -1,28 +1,150 @@
-"""Evaluates; so far, one suite: a tournament of systems from judges' verdicts.
+"""Evaluates a model, or makes a tournament of systems from judges' verdicts.
 
+    python scripts/evaluate.py --suite=mmlu --workdir=runs/x --data=test/ --solved=dev/ --out=report
+    python scripts/evaluate.py --suite=perplexity --model=models/llama --data=book.txt --out=report
+    python scripts/evaluate.py --suite=crows_pairs --workdir=runs/x --data=crows.csv --out=report
+    python scripts/evaluate.py --suite=lm_eval --workdir=runs/x --tasks=arc_easy --out=report
     python scripts/evaluate.py --suite=elo --ratings=ratings/ --out=report
-    python scripts/evaluate.py --suite=elo --ratings=ratings/ --out=report --matches=493
 
---ratings is a file or a folder of JSON Lines: records of the QLoRA authors, or with model_a,
-model_b and winner (qlora_jax/evaluation/ratings.py says more). The folder --out gets report.md,
-report.html, elo.json and the plots. No model is loaded and no GPU is used.
+The folder --out gets the figures as JSON with all that is needed to repeat them; a model's answers
+are kept there one by one, so that the same command goes on where it was stopped. docs/evaluation.md
+says what is measured, and how.
 """
 
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+
 from absl import flags
+from rich.console import Console
+from rich.table import Table
 
-from qlora_jax import command_line
-from qlora_jax.evaluation import elo_report, read_ratings
+from qlora_jax import command_line, model_flags
+from qlora_jax.errors import ConfigError
+from qlora_jax.evaluation import elo_report, read_ratings, suites
 
-flags.DEFINE_enum("suite", None, ["elo"], "what to evaluate", required=True)
-_RATINGS = flags.DEFINE_string("ratings", None, "a file or folder of verdicts", required=True)
+_SUITES = ["mmlu", "perplexity", "crows_pairs", "lm_eval", "elo"]
+_SUITE = flags.DEFINE_enum("suite", None, _SUITES, "what to evaluate", required=True)
 _OUT = flags.DEFINE_string("out", None, "the folder that gets the report", required=True)
-_ORDERINGS = flags.DEFINE_integer("orderings", 10_000, "random orderings of Elo", lower_bound=2)
-_MATCHES = flags.DEFINE_integer("matches", None, "drawn by each ordering (all)", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "of the orderings and the bootstrap", lower_bound=0)
+_MODEL = model_flags.define()
+_DATA = flags.DEFINE_string("data", None, "questions, text or pairs: a file or a folder")
+_SOLVED = flags.DEFINE_string("solved", "", "mmlu: the questions that are shown with their answers")
+_SHOTS = flags.DEFINE_integer("shots", 5, "mmlu: solved questions before each one", lower_bound=0)
+_TASKS = flags.DEFINE_list("tasks", [], "lm_eval: names of its tasks")
+_TASK_FOLDER = flags.DEFINE_string("task_folder", None, "lm_eval: a folder with tasks of your own")
+_STRIDE = flags.DEFINE_integer("stride", None, "perplexity: tokens from window to window (half)")
+_MAX_LEN = flags.DEFINE_integer(
+    "max_len", None, "longest prompt or window, in tokens (what the model sees, at most 2048)"
+)
+_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "tokens of a batch", lower_bound=1)
+_RATINGS = flags.DEFINE_string("ratings", None, "elo: a file or folder of verdicts")
+_ORDERINGS = flags.DEFINE_integer("orderings", 10_000, "elo: random orderings", lower_bound=2)
+_MATCHES = flags.DEFINE_integer("matches", None, "elo: drawn by each ordering (all)", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "elo: of the orderings and the bootstrap", lower_bound=0)
 
 
 def main() -> None:
-    """Reads the verdicts and writes the report."""
+    """Runs the suite and prints its figures."""
+    if _SUITE.value == "elo":
+        _elo()
+        return
+    if _SUITE.value == "lm_eval":
+        if not _TASKS.value:
+            raise ConfigError("--suite=lm_eval needs tasks, for example --tasks=arc_easy,hellaswag")
+    elif not _DATA.value:
+        raise ConfigError(f"--suite={_SUITE.value} needs --data: a file or a folder")
+    if _SUITE.value == "mmlu" and _SHOTS.value and not _SOLVED.value:
+        raise ConfigError(
+            f"--shots={_SHOTS.value} needs --solved: MMLU's dev questions; or give --shots=0"
+        )
+    subject = _subject()
+    if _SUITE.value == "mmlu":
+        found = suites.run_mmlu(subject, _DATA.value, _SOLVED.value, shots=_SHOTS.value)
+        rows = ((n, f"{a.value:.2%}", f"± {a.error:.2%}", a.questions) for n, a in found.items())
+        _print(
+            f"MMLU, {_SHOTS.value}-shot: {subject.name}",
+            ["subject", "right", "error", "questions"],
+            rows,
+        )
+    elif _SUITE.value == "crows_pairs":
+        found = suites.run_crows_pairs(subject, _DATA.value)
+        _crows(subject.name, found)
+    elif _SUITE.value == "perplexity":
+        found = suites.run_perplexity(subject, _DATA.value, stride=_STRIDE.value)
+        _print(
+            f"Perplexity: {subject.name}",
+            ["tokens", "nats per token", "perplexity", "bits per byte"],
+            [
+                (
+                    found.tokens,
+                    f"{found.loss:.4f}",
+                    f"{found.perplexity:.3f}",
+                    f"{found.bits_per_byte:.4f}",
+                )
+            ],
+        )
+    else:
+        _lm_eval(subject)
+
+
+def _subject() -> suites.Subject:
+    """The model that the flags name."""
+    model, tokenizer = _MODEL.load()
+    out = pathlib.Path(_OUT.value).expanduser()
+    return suites.Subject(model, tokenizer, _MODEL.name, out, _MAX_LEN.value, _BATCH_TOKENS.value)
+
+
+def _crows(name: str, found: Mapping) -> None:
+    rows = [
+        (category, each.pairs, *(f"{by[category].percent:.1f}" for by in found.values()))
+        for category, each in found["all"].items()
+    ]
+    _print(
+        f"CrowS-Pairs, stereotype preferred, in percent (50 is neutral): {name}",
+        ["category", "pairs", *found],
+        rows,
+    )
+
+
+def _print(title: str, columns: Iterable[str], rows: Iterable[Iterable]) -> None:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right" if table.columns else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def _lm_eval(subject: suites.Subject) -> None:
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
+        from qlora_jax.evaluation.lm_eval_model import LmEvalModel
+    except ImportError as error:
+        raise ConfigError(
+            f"--suite=lm_eval needs the extra lm_eval ({error}); install it with: "
+            'pip install "qlora-jax[lm_eval]"'
+        ) from None
+    model = LmEvalModel(
+        subject.model,
+        subject.tokenizer,
+        max_len=subject.max_len,
+        batch_tokens=subject.batch_tokens,
+    )
+    manager = TaskManager(include_path=_TASK_FOLDER.value)
+    results = lm_eval.simple_evaluate(
+        model, tasks=_TASKS.value, task_manager=manager, log_samples=False
+    )
+    subject.out.mkdir(parents=True, exist_ok=True)
+    path = subject.out / "lm_eval.json"
+    path.write_text(json.dumps({"model": subject.name, **results}, indent=1, default=str) + "\n")
+    print(lm_eval.utils.make_table(results))
+
+
+def _elo() -> None:
+    if not _RATINGS.value:
+        raise ConfigError("--suite=elo needs --ratings: a file or folder of verdicts")
     report = elo_report.write(
         read_ratings(_RATINGS.value),
         _OUT.value,

@@ -1,7 +1,9 @@
-"""Is a chat model good? Judges' verdicts, and tournaments of systems from them.
+"""Is a model good? Scores of a language model, judges' verdicts, and tournaments from them.
 
-`judging` reads the text that a judge wrote, `ratings` the files that hold verdicts, `elo` turns
-them into ratings of systems, `elo_report` into a page. Only NumPy and matplotlib are needed.
+`scoring` asks a model for probabilities; `mmlu`, `crows_pairs` and `perplexity` are made of them,
+`suites` runs them whole, `lm_eval_model` brings the tasks of lm-eval. `judging` reads the text that
+a judge wrote, `ratings` the files that hold verdicts, `elo` turns them into ratings of systems,
+`elo_report` into a page.
 """
 
 from qlora_jax.evaluation.elo import BradleyTerry as BradleyTerry
@@ -12,3 +14,5 @@ from qlora_jax.evaluation.judging import parse_relative as parse_relative
 from qlora_jax.evaluation.judging import parse_threeclass as parse_threeclass
 from qlora_jax.evaluation.ratings import Ratings as Ratings
 from qlora_jax.evaluation.ratings import read_ratings as read_ratings
+from qlora_jax.evaluation.scoring import LogLikelihood as LogLikelihood
+from qlora_jax.evaluation.scoring import Scorer as Scorer
