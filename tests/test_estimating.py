@@ -174,6 +174,7 @@ def plan_script(tmp_path, *arguments, wheels=True):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_script_estimates_several_batches_and_lengths(tmp_path):
     arguments = ("--device=t4,h100", "--batch_size=1,2", "--max_len=512,4096", "--estimate")
     done = plan_script(tmp_path, *arguments, "--json")

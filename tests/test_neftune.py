@@ -84,6 +84,7 @@ def test_a_steps_noise_is_a_function_of_its_key():
     assert float(step(again, frozen, batch)[1]["loss"]) == losses[0]
 
 
+@pytest.mark.slow
 def test_a_run_with_noise_measures_and_answers_without(tmp_path):
     model = tiny_run.write_model(tmp_path / "model")
     config = tiny_run.tiny_config(model, tiny_run.write_data(tmp_path / "sums.jsonl"))

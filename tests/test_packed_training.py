@@ -37,7 +37,8 @@ def adapters(workdir):
     return jax.tree.leaves(split_model(model)[1])
 
 
-@pytest.mark.parametrize("kind", ["ours", pytest.param("bnb", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ours", "bnb"])
 def test_a_run_goes_on_with_the_packed_model_bit_by_bit(material, tmp_path, kind):
     folder, config = material
     for name in ("model", kind):

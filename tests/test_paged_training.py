@@ -90,7 +90,7 @@ def budgets(plain):
     return {EVERYTHING: 0.0, MOST: (peak - 0.2 * state) / 1e9, HALF: (peak - 0.5 * state) / 1e9}
 
 
-@pytest.mark.parametrize("share", [MOST, HALF])
+@pytest.mark.parametrize("share", [pytest.param(MOST, marks=pytest.mark.slow), HALF])
 def test_a_budget_too_small_for_the_moments_trains_to_the_same_bits(
     config, budgets, plain, tmp_path, share
 ):
@@ -106,6 +106,7 @@ def test_a_budget_too_small_for_the_moments_trains_to_the_same_bits(
     assert final_state(config, tmp_path / "paged") == plain.state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
     [(EVERYTHING, HALF), (HALF, EVERYTHING), (MOST, HALF), (HALF, MOST), (MOST, MOST)],
@@ -121,6 +122,7 @@ def test_a_run_continues_wherever_its_state_lies(config, budgets, plain, tmp_pat
     assert final_state(config, workdir) == plain.state
 
 
+@pytest.mark.slow
 def test_a_restored_state_lies_where_it_was_planned(config, budgets, tmp_path, monkeypatch):
     kinds = []
 
@@ -141,6 +143,7 @@ def test_a_restored_state_lies_where_it_was_planned(config, budgets, tmp_path, m
     assert set(kinds) == {"pinned_host"}
 
 
+@pytest.mark.slow
 def test_state_makes_room_for_longer_rows_and_comes_back(config, tmp_path):
     """Short and long rows in turn: what is a spike to the paper's authors."""
     config.data.packing, config.data.group_by_length, config.data.max_len = False, True, 64
@@ -212,6 +215,7 @@ def test_a_device_that_says_what_it_has_is_believed(config, plain, tmp_path, mon
     assert final_state(config, tmp_path / "short") == plain.state
 
 
+@pytest.mark.slow
 def test_out_of_memory_for_good_names_what_would_fit(config, tmp_path, monkeypatch):
     monkeypatch.setattr(stepping.Fit, "of", out_of_memory(2))
     config.train.batch_size = 4
@@ -231,6 +235,7 @@ def test_another_error_of_the_device_is_not_taken_for_it(config, tmp_path, monke
         run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_names_settings_that_would(config, tmp_path):
     config.train.batch_size, config.model.remat = 8, "none"
     config.train.grad_accum = 1

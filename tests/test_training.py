@@ -124,6 +124,7 @@ def test_a_run_from_beginning_to_end(config, tmp_path):
     assert again == result and "finished" in text and "compiling" not in text
 
 
+@pytest.mark.slow
 def test_grouped_by_length_a_run_is_continued_to_the_bit(config, tmp_path):
     config.data.packing, config.data.group_by_length = False, True
     config.data.max_len = 64
