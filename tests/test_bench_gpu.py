@@ -385,7 +385,7 @@ def assert_everything_ran(result, names):
     for row in result["kernels"]["rows"]:
         assert len(row["seconds"].get("default", [])) == 2, row["not"]
         assert set(row["not"]) <= absent, row["not"]
-    assert len(result["goals"]) == 11 and {goal["met"] for goal in result["goals"]} == {None}
+    assert len(result["goals"]) == 13 and {goal["met"] for goal in result["goals"]} == {None}
 
 
 def test_a_reduced_dry_run(load, monkeypatch):

@@ -144,6 +144,7 @@ def peak(**fields):
     return estimating.estimate(make_config(LLAMA["7B"], fields), "h100").peak_bytes
 
 
+@pytest.mark.slow
 def test_what_needs_more_is_estimated_to_need_more():
     assert peak() < peak(data__max_len=1024) < peak(data__max_len=1024, train__batch_size=2)
     assert peak() < peak(model__remat="projections") < peak(model__remat="none")

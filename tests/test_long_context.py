@@ -97,6 +97,7 @@ def assert_close(actual, expected, tolerance):
 # ------------------------------------------------------------------------------ values, whole model
 
 
+@pytest.mark.slow
 def test_inputs_in_the_hosts_memory_change_no_bit():
     assert_close(loss_and_gradient(rows(), remat="offload"), plain(), tolerance=0)
 
@@ -151,6 +152,7 @@ def test_gradients_of_16_bit_adapters_are_summed_in_float32():
         np.testing.assert_allclose(one, other, rtol=2**-7, atol=1e-5 * float(jnp.abs(other).max()))
 
 
+@pytest.mark.slow
 def test_dropout_in_chunks():
     """The backward pass drops what the forward pass dropped: a difference quotient agrees."""
     graphdef, lora, frozen = adapted(dropout=0.5, sequence_chunk=8)
@@ -312,6 +314,7 @@ def temporaries(batch_options, **options):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_chunks_need_less_memory_on_a_cpu():
     """2048 x 2048 scores of four heads in float32 are 64 MiB; in chunks of 64, 2 MiB."""
     whole = temporaries(dict(packed=False), remat="full")
@@ -340,6 +343,7 @@ def run(material, workdir, **fields):
     return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_learns_the_same(material, tmp_path):
     long = {"model.remat": "offload", "model.sequence_chunk": 16}
     losses = run(material, tmp_path / "plain")

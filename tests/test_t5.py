@@ -223,6 +223,7 @@ def test_every_linear_layer_but_the_head_is_adapted():
     assert adapted.decoder.layers.cross_attn.q.kernel.get_value().leading_shape == (3,)
 
 
+@pytest.mark.slow
 def test_a_base_quantized_while_loading_is_that_of_the_surgery(folder, tmp_path):
     _, _, found = t5_models.golden("gated")
     packed = load(folder, quant_type="nf4", block_size=32)

@@ -32,6 +32,7 @@ def test_an_answer_ends_with_its_end_token():
     assert ours == [row[: row.index(end)] if end in row else row for row in wanted]
 
 
+@pytest.mark.slow
 def test_a_drawn_answer_depends_on_the_seed_and_its_prompt_alone():
     _, _, found = t5_models.golden("gated")
     model, sampling = t5_models.fill(), Sampling(temperature=1.0, top_k=20)

@@ -158,6 +158,7 @@ def run(files, tmp_path_factory):
     return config, workdir, result, losses, text.getvalue()
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_asks(run):
     _, workdir, result, losses, text = run
     assert result.steps == 8 and result.heldout_after < 0.9 * result.heldout_before
@@ -182,6 +183,7 @@ def test_a_stopped_run_goes_on_to_the_bit(run, tmp_path):
     assert [again[i]["loss"] for i in again] == [losses[i]["loss"] for i in again]
 
 
+@pytest.mark.slow
 def test_a_trained_model_answers(run):
     _, workdir, result, _, _ = run
     model, tokenizer = load_trained(workdir)
@@ -189,6 +191,7 @@ def test_a_trained_model_answers(run):
     assert generate(model, tokenizer, [question], max_new_tokens=4) == [result.answer_after]
 
 
+@pytest.mark.slow
 def test_the_model_without_a_run_answers_as_before(run, files):
     _, _, result, _, _ = run
     model, tokenizer = load_model(files[0], block_size=32)
@@ -215,6 +218,7 @@ def test_settings_of_decoders_are_refused_together(files):
     assert "target_max_len" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_merge_is_refused_by_name_and_an_adapter_is_written(run, tmp_path):
     _, workdir, _, _, _ = run
     with pytest.raises(ConfigError, match="trained an encoder-decoder, whose adapters are not"):

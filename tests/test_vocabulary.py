@@ -282,6 +282,7 @@ def test_an_unknown_type_is_refused(tmp_path):
 # --------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_refuses_another_setting(tmp_path):
     model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
     config, run = tiny_config(model, data), tmp_path / "run"
