@@ -1,5 +1,6 @@
 """GGUF export: tensors, rows, metadata and tokenizers, all read back."""
 
+import array
 import dataclasses
 import json
 
@@ -161,7 +162,7 @@ def test_smollm2s_tokenizer_survives():
     written = tokenizer_metadata(tokenizer, len(metadata["tokenizer.ggml.tokens"]))
     for key in ("tokens", "token_type", "merges", "pre", "model", "bos_token_id", "eos_token_id"):
         before = metadata[f"tokenizer.ggml.{key}"]
-        before = list(before) if isinstance(before, TextArray) else before
+        before = list(before) if isinstance(before, TextArray | array.array) else before
         assert written[f"tokenizer.ggml.{key}"] == before, key
     assert written["tokenizer.chat_template"] == metadata["tokenizer.chat_template"]
 

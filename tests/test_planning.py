@@ -93,7 +93,7 @@ def test_mistakes_in_naming_a_model(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match="is not valid JSON"):
         model_shape(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(WeightsError, match="holds list, needed is an object"):
+    with pytest.raises(WeightsError, match="holds list, not a JSON object"):
         model_shape(str(tmp_path))
 
 
