@@ -57,22 +57,22 @@ def main() -> None:
         raise ConfigError(
             f"--shots={_SHOTS.value} needs --solved: MMLU's dev questions; or give --shots=0"
         )
-    subject = _subject()
+    candidate = _candidate()
     if _SUITE.value == "mmlu":
-        found = suites.run_mmlu(subject, _DATA.value, _SOLVED.value, shots=_SHOTS.value)
+        found = suites.run_mmlu(candidate, _DATA.value, _SOLVED.value, shots=_SHOTS.value)
         rows = ((n, f"{a.value:.2%}", f"± {a.error:.2%}", a.questions) for n, a in found.items())
         _print(
-            f"MMLU, {_SHOTS.value}-shot: {subject.name}",
+            f"MMLU, {_SHOTS.value}-shot: {candidate.name}",
             ["subject", "right", "error", "questions"],
             rows,
         )
     elif _SUITE.value == "crows_pairs":
-        found = suites.run_crows_pairs(subject, _DATA.value)
-        _crows(subject.name, found)
+        found = suites.run_crows_pairs(candidate, _DATA.value)
+        _crows(candidate.name, found)
     elif _SUITE.value == "perplexity":
-        found = suites.run_perplexity(subject, _DATA.value, stride=_STRIDE.value)
+        found = suites.run_perplexity(candidate, _DATA.value, stride=_STRIDE.value)
         _print(
-            f"Perplexity: {subject.name}",
+            f"Perplexity: {candidate.name}",
             ["tokens", "nats per token", "perplexity", "bits per byte"],
             [
                 (
@@ -84,14 +84,14 @@ def main() -> None:
             ],
         )
     else:
-        _lm_eval(subject)
+        _lm_eval(candidate)
 
 
-def _subject() -> suites.Subject:
+def _candidate() -> suites.Candidate:
     """The model that the flags name."""
     model, tokenizer = _MODEL.load()
     out = pathlib.Path(_OUT.value).expanduser()
-    return suites.Subject(model, tokenizer, _MODEL.name, out, _MAX_LEN.value, _BATCH_TOKENS.value)
+    return suites.Candidate(model, tokenizer, _MODEL.name, out, _MAX_LEN.value, _BATCH_TOKENS.value)
 
 
 def _crows(name: str, found: Mapping) -> None:
@@ -115,7 +115,7 @@ def _print(title: str, columns: Iterable[str], rows: Iterable[Iterable]) -> None
     Console().print(table)
 
 
-def _lm_eval(subject: suites.Subject) -> None:
+def _lm_eval(candidate: suites.Candidate) -> None:
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -127,18 +127,18 @@ def _lm_eval(subject: suites.Subject) -> None:
             'pip install "qlora-jax[lm_eval]"'
         ) from None
     model = LmEvalModel(
-        subject.model,
-        subject.tokenizer,
-        max_len=subject.max_len,
-        batch_tokens=subject.batch_tokens,
+        candidate.model,
+        candidate.tokenizer,
+        max_len=candidate.max_len,
+        batch_tokens=candidate.batch_tokens,
     )
     manager = TaskManager(include_path=_TASK_FOLDER.value)
     results = lm_eval.simple_evaluate(
         model, tasks=_TASKS.value, task_manager=manager, log_samples=False
     )
-    subject.out.mkdir(parents=True, exist_ok=True)
-    path = subject.out / "lm_eval.json"
-    path.write_text(json.dumps({"model": subject.name, **results}, indent=1, default=str) + "\n")
+    candidate.out.mkdir(parents=True, exist_ok=True)
+    path = candidate.out / "lm_eval.json"
+    path.write_text(json.dumps({"model": candidate.name, **results}, indent=1, default=str) + "\n")
     print(lm_eval.utils.make_table(results))
 
 

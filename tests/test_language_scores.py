@@ -110,8 +110,8 @@ def test_a_benchmark_that_was_stopped_is_continued_with_the_same_figures(loaded,
     sentences = [("what is one", "what is two"), ("three and four", "four and three")] * 40
     rows = "".join(f"{a},{b},stereo,age\n" for a, b in sentences)
     file.write_text("sent_more,sent_less,stereo_antistereo,bias_type\n" + rows)
-    subject = suites.Subject(model, tokenizer, "tiny", tmp_path / "out")
-    found = suites.run_crows_pairs(subject, str(file))
+    candidate = suites.Candidate(model, tokenizer, "tiny", tmp_path / "out")
+    found = suites.run_crows_pairs(candidate, str(file))
     assert found["all"]["overall"].pairs == 80
     assert sorted(found) == ["all", "all, no start token", "shared", "shared, no start token"]
     report = json.loads((tmp_path / "out" / "crows_pairs.json").read_text())
@@ -119,12 +119,12 @@ def test_a_benchmark_that_was_stopped_is_continued_with_the_same_figures(loaded,
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) == 161
     journal.write_text("".join(lines[:70]))
-    assert suites.run_crows_pairs(subject, str(file)) == found
+    assert suites.run_crows_pairs(candidate, str(file)) == found
     assert json.loads((tmp_path / "out" / "crows_pairs.json").read_text()) == report
     assert sorted(journal.read_text().splitlines(True)) == sorted(lines)
     file.write_text(file.read_text() + "one,two,stereo,age\n")
     with pytest.raises(EvaluationError, match="pairs: "):
-        suites.run_crows_pairs(subject, str(file))
+        suites.run_crows_pairs(candidate, str(file))
 
 
 @pytest.mark.slow

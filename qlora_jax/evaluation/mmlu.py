@@ -37,6 +37,7 @@ from qlora_jax.data.formats import BadField
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import DataError
 from qlora_jax.evaluation.scoring import Scorer
+from qlora_jax.generation import encode_prompt
 
 LETTERS = "ABCD"
 # Questions that are asked before what was found is handed on.
@@ -268,9 +269,7 @@ def _fit(
 ) -> tuple[list[int], int]:
     """The prompt with as many shots as there is room for, and their number."""
     for count in range(len(shots), -1, -1):
-        ids = tokenizer.encode(prompt_text(question, shots[:count]))
-        if tokenizer.add_bos_token and ids[:1] != [tokenizer.bos_token_id]:
-            ids = [tokenizer.bos_token_id, *ids]
+        ids = encode_prompt(tokenizer, prompt_text(question, shots[:count]))
         if len(ids) <= max_len:
             return ids, count
     raise DataError(

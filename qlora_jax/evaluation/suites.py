@@ -35,7 +35,7 @@ _GROUP = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Candidate:
     """What is evaluated, and where the answers go.
 
     Attributes:
@@ -70,12 +70,12 @@ class Subject:
 
 
 def run_mmlu(
-    subject: Subject, data: str, solved: str = "", *, shots: int = 5
+    candidate: Candidate, data: str, solved: str = "", *, shots: int = 5
 ) -> Mapping[str, mmlu.Accuracy]:
     """MMLU, see `evaluation.mmlu`.
 
     Args:
-        subject: the model.
+        candidate: the model.
         data: file or folder of the questions.
         solved: file or folder of those that are shown with their answers; needed for shots.
         shots: solved questions in front of each question.
@@ -91,20 +91,20 @@ def run_mmlu(
         raise DataError(f"{shots=} needs solved questions; give MMLU's dev questions, or shots=0")
     questions = mmlu.read_questions(data)
     examples = mmlu.read_questions(solved) if shots else []
-    scorer = subject.scorer()
+    scorer = candidate.scorer()
     settings = {
         "suite": "mmlu",
-        "model": subject.identity(),
+        "model": candidate.identity(),
         "questions": _content(data),
         "solved": _content(solved) if shots else "",
         "shots": shots,
         "max_len": scorer.max_len,
     }
-    with Journal(subject.out / "mmlu.jsonl", settings) as journal, _bar() as bar:
+    with Journal(candidate.out / "mmlu.jsonl", settings) as journal, _bar() as bar:
         task = bar.add_task("MMLU", total=len(questions), completed=len(journal.records))
         groups = mmlu.ask(
             scorer,
-            subject.tokenizer,
+            candidate.tokenizer,
             questions,
             examples,
             shots=shots,
@@ -116,15 +116,17 @@ def run_mmlu(
         answers = [mmlu.Answer(key, *record) for key, record in journal.records.items()]
     found = mmlu.summarize(answers)
     figures = {name: accuracy._asdict() for name, accuracy in found.items()}
-    _write(subject, "mmlu", settings, figures)
+    _write(candidate, "mmlu", settings, figures)
     return found
 
 
-def run_crows_pairs(subject: Subject, data: str) -> dict[str, dict[str, crows_pairs.Preference]]:
+def run_crows_pairs(
+    candidate: Candidate, data: str
+) -> dict[str, dict[str, crows_pairs.Preference]]:
     """CrowS-Pairs in all conventions, see `evaluation.crows_pairs`.
 
     Args:
-        subject: the model.
+        candidate: the model.
         data: the file.
 
     Returns:
@@ -136,10 +138,10 @@ def run_crows_pairs(subject: Subject, data: str) -> dict[str, dict[str, crows_pa
         EvaluationError: the folder holds another evaluation.
     """
     pairs = crows_pairs.read_pairs(data)
-    scorer = subject.scorer()
-    settings = {"suite": "crows_pairs", "model": subject.identity(), "pairs": _content(data)}
+    scorer = candidate.scorer()
+    settings = {"suite": "crows_pairs", "model": candidate.identity(), "pairs": _content(data)}
     found = {}
-    with Journal(subject.out / "crows_pairs.jsonl", settings) as journal, _bar() as bar:
+    with Journal(candidate.out / "crows_pairs.jsonl", settings) as journal, _bar() as bar:
         task = bar.add_task("CrowS-Pairs", total=2 * len(pairs), completed=len(journal.records))
         for start_token, suffix in ((True, ""), (False, ", no start token")):
             keys = [f"{i}{suffix}" for i in range(len(pairs))]
@@ -149,7 +151,7 @@ def run_crows_pairs(subject: Subject, data: str) -> dict[str, dict[str, crows_pa
             for part in itertools.batched(left, _GROUP):
                 scores = crows_pairs.score_pairs(
                     scorer,
-                    subject.tokenizer,
+                    candidate.tokenizer,
                     [pair for _, pair in part],
                     start_token=start_token,
                     progress=lambda sentences: bar.advance(task, sentences / 2),
@@ -162,17 +164,17 @@ def run_crows_pairs(subject: Subject, data: str) -> dict[str, dict[str, crows_pa
         convention: {name: each._asdict() for name, each in preferences.items()}
         for convention, preferences in found.items()
     }
-    _write(subject, "crows_pairs", settings, figures)
+    _write(candidate, "crows_pairs", settings, figures)
     return found
 
 
 def run_perplexity(
-    subject: Subject, data: str, *, stride: int | None = None
+    candidate: Candidate, data: str, *, stride: int | None = None
 ) -> perplexity.Perplexity:
     """Perplexity of texts, see `evaluation.perplexity`.
 
     Args:
-        subject: the model.
+        candidate: the model.
         data: a text file, which is one document, or a file or folder of records with "text".
         stride: tokens from window to window; None: half a window.
 
@@ -181,16 +183,16 @@ def run_perplexity(
         EvaluationError: the folder holds another evaluation.
     """
     texts = _texts(data)
-    scorer = subject.scorer()
-    parts, size = perplexity.cut(subject.tokenizer, texts, scorer.max_len, stride)
+    scorer = candidate.scorer()
+    parts, size = perplexity.cut(candidate.tokenizer, texts, scorer.max_len, stride)
     settings = {
         "suite": "perplexity",
-        "model": subject.identity(),
+        "model": candidate.identity(),
         "texts": _content(data),
         "window": scorer.max_len,
         "stride": scorer.max_len // 2 if stride is None else stride,
     }
-    with Journal(subject.out / "perplexity.jsonl", settings) as journal, _bar() as bar:
+    with Journal(candidate.out / "perplexity.jsonl", settings) as journal, _bar() as bar:
         done = len(journal.records) * _GROUP
         task = bar.add_task("perplexity", total=len(parts), completed=min(done, len(parts)))
         for i, part in enumerate(itertools.batched(parts, _GROUP)):
@@ -207,7 +209,7 @@ def run_perplexity(
         "perplexity": found.perplexity,
         "bits_per_byte": found.bits_per_byte,
     }
-    _write(subject, "perplexity", settings, figures)
+    _write(candidate, "perplexity", settings, figures)
     return found
 
 
@@ -238,11 +240,11 @@ def _bar() -> Progress:
 
 
 def _write(
-    subject: Subject, suite: str, settings: Mapping[str, Any], figures: Mapping[str, Any]
+    candidate: Candidate, suite: str, settings: Mapping[str, Any], figures: Mapping[str, Any]
 ) -> None:
-    path = subject.out / f"{suite}.json"
+    path = candidate.out / f"{suite}.json"
     content = {
-        "model": subject.name,
+        "model": candidate.name,
         "settings": settings,
         "figures": figures,
         "versions": versions(),

@@ -27,6 +27,7 @@ from qlora_jax.data.chat_formats import cut_at_stop
 from qlora_jax.data.pairs import encode_source
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.generation.slots import bucket
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.t5 import T5, T5Cache
 from qlora_jax.sampling import Sampling, greedy_tokens, penalize_repetition, sample_tokens
@@ -190,7 +191,7 @@ def generate_ids(
 
     tokens, lengths = pad_left(prompt_ids)
     begun = 1 if has_encoder else tokens.shape[1]
-    cache_len = _bucket(begun + max_new_tokens, _SHORTEST_CACHE_BUCKET)
+    cache_len = bucket(begun + max_new_tokens, _SHORTEST_CACHE_BUCKET)
     # No token has the id -1: without an end token only the limit ends a reply.
     eos = jnp.asarray(list(eos_token_ids) or [-1], jnp.int32)
     choice = (sampling.as_arrays(), jax.random.key(seed), eos)
@@ -219,7 +220,7 @@ def pad_left(
     ([[0, 5, 6], [0, 0, 7]], (2, 16), [2, 1])
     """
     lengths = np.array([len(ids) for ids in prompt_ids], np.int32)
-    tokens = np.zeros((len(prompt_ids), _bucket(lengths.max(), _SHORTEST_PROMPT_BUCKET)), np.int32)
+    tokens = np.zeros((len(prompt_ids), bucket(lengths.max(), _SHORTEST_PROMPT_BUCKET)), np.int32)
     for row, ids in zip(tokens, prompt_ids, strict=True):
         row[-len(ids) :] = ids
     return tokens, lengths
@@ -306,11 +307,6 @@ def _decode_chunk(
 def _until_end(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:
     ends = [i for i, token in enumerate(ids) if token in eos_token_ids]
     return ids[: ends[0]] if ends else ids
-
-
-def _bucket(size: int, shortest: int) -> int:
-    """The next power of two, from `shortest` on."""
-    return max(shortest, 1 << (int(size) - 1).bit_length())
 
 
 def _check_lengths(
