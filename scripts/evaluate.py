@@ -4,6 +4,7 @@
     python scripts/evaluate.py --suite=perplexity --model=models/llama --data=book.txt --out=report
     python scripts/evaluate.py --suite=crows_pairs --workdir=runs/x --data=crows.csv --out=report
     python scripts/evaluate.py --suite=lm_eval --workdir=runs/x --tasks=arc_easy --out=report
+    python scripts/evaluate.py --suite=chat --workdir=runs/x --data=questions.jsonl --out=report
     python scripts/evaluate.py --suite=elo --ratings=ratings/ --out=report
 
 The folder --out gets the figures as JSON with all that is needed to repeat them; a model's answers
@@ -15,6 +16,7 @@ import json
 import pathlib
 from collections.abc import Iterable, Mapping
 
+import evaluate_chat
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +25,7 @@ from qlora_jax import command_line, model_flags
 from qlora_jax.errors import ConfigError
 from qlora_jax.evaluation import elo_report, read_ratings, suites
 
-_SUITES = ["mmlu", "perplexity", "crows_pairs", "lm_eval", "elo"]
+_SUITES = ["mmlu", "perplexity", "crows_pairs", "lm_eval", "chat", "elo"]
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "what to evaluate", required=True)
 _OUT = flags.DEFINE_string("out", None, "the folder that gets the report", required=True)
 _MODEL = model_flags.define()
@@ -40,7 +42,7 @@ _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "tokens of a batch", 
 _RATINGS = flags.DEFINE_string("ratings", None, "elo: a file or folder of verdicts")
 _ORDERINGS = flags.DEFINE_integer("orderings", 10_000, "elo: random orderings", lower_bound=2)
 _MATCHES = flags.DEFINE_integer("matches", None, "elo: drawn by each ordering (all)", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "elo: of the orderings and the bootstrap", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "chat, elo: of random choices", lower_bound=0)
 
 
 def main() -> None:
@@ -83,6 +85,8 @@ def main() -> None:
                 )
             ],
         )
+    elif _SUITE.value == "chat":
+        evaluate_chat.run(candidate, _DATA.value, seed=_SEED.value)
     else:
         _lm_eval(candidate)
 

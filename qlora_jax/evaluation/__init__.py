@@ -1,7 +1,8 @@
 """Is a model good? Scores of a language model, judges' verdicts, and tournaments from them.
 
 `scoring` asks a model for probabilities; `mmlu`, `crows_pairs` and `perplexity` are made of them,
-`suites` runs them whole, `lm_eval_model` brings the tasks of lm-eval. `judging` reads the text that
+`suites` runs them whole, `lm_eval_model` brings the tasks of lm-eval. `questions` reads chat
+benchmarks, `chat_answers` has a model answer them. `judging` reads the text that
 a judge wrote, `ratings` the files that hold verdicts, `elo` turns them into ratings of systems,
 `elo_report` into a page.
 """

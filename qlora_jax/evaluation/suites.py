@@ -95,12 +95,12 @@ def run_mmlu(
     settings = {
         "suite": "mmlu",
         "model": candidate.identity(),
-        "questions": _content(data),
-        "solved": _content(solved) if shots else "",
+        "questions": content_hash(data),
+        "solved": content_hash(solved) if shots else "",
         "shots": shots,
         "max_len": scorer.max_len,
     }
-    with Journal(candidate.out / "mmlu.jsonl", settings) as journal, _bar() as bar:
+    with Journal(candidate.out / "mmlu.jsonl", settings) as journal, progress_bar() as bar:
         task = bar.add_task("MMLU", total=len(questions), completed=len(journal.records))
         groups = mmlu.ask(
             scorer,
@@ -116,7 +116,7 @@ def run_mmlu(
         answers = [mmlu.Answer(key, *record) for key, record in journal.records.items()]
     found = mmlu.summarize(answers)
     figures = {name: accuracy._asdict() for name, accuracy in found.items()}
-    _write(candidate, "mmlu", settings, figures)
+    write_figures(candidate, "mmlu", settings, figures)
     return found
 
 
@@ -139,9 +139,9 @@ def run_crows_pairs(
     """
     pairs = crows_pairs.read_pairs(data)
     scorer = candidate.scorer()
-    settings = {"suite": "crows_pairs", "model": candidate.identity(), "pairs": _content(data)}
+    settings = {"suite": "crows_pairs", "model": candidate.identity(), "pairs": content_hash(data)}
     found = {}
-    with Journal(candidate.out / "crows_pairs.jsonl", settings) as journal, _bar() as bar:
+    with Journal(candidate.out / "crows_pairs.jsonl", settings) as journal, progress_bar() as bar:
         task = bar.add_task("CrowS-Pairs", total=2 * len(pairs), completed=len(journal.records))
         for start_token, suffix in ((True, ""), (False, ", no start token")):
             keys = [f"{i}{suffix}" for i in range(len(pairs))]
@@ -164,7 +164,7 @@ def run_crows_pairs(
         convention: {name: each._asdict() for name, each in preferences.items()}
         for convention, preferences in found.items()
     }
-    _write(candidate, "crows_pairs", settings, figures)
+    write_figures(candidate, "crows_pairs", settings, figures)
     return found
 
 
@@ -188,11 +188,11 @@ def run_perplexity(
     settings = {
         "suite": "perplexity",
         "model": candidate.identity(),
-        "texts": _content(data),
+        "texts": content_hash(data),
         "window": scorer.max_len,
         "stride": scorer.max_len // 2 if stride is None else stride,
     }
-    with Journal(candidate.out / "perplexity.jsonl", settings) as journal, _bar() as bar:
+    with Journal(candidate.out / "perplexity.jsonl", settings) as journal, progress_bar() as bar:
         done = len(journal.records) * _GROUP
         task = bar.add_task("perplexity", total=len(parts), completed=min(done, len(parts)))
         for i, part in enumerate(itertools.batched(parts, _GROUP)):
@@ -209,7 +209,7 @@ def run_perplexity(
         "perplexity": found.perplexity,
         "bits_per_byte": found.bits_per_byte,
     }
-    _write(candidate, "perplexity", settings, figures)
+    write_figures(candidate, "perplexity", settings, figures)
     return found
 
 
@@ -223,12 +223,12 @@ def _texts(data: str) -> list[str]:
     return [record.text for record in load_records(data, "text")]
 
 
-def _content(data: str) -> str:
+def content_hash(data: str) -> str:
     """What a data set holds, whatever it is called."""
     return ",".join(fingerprint(file) for file in find_files(data))
 
 
-def _bar() -> Progress:
+def progress_bar() -> Progress:
     """Progress and time left; on standard error, which leaves the figures alone on the other."""
     return Progress(
         TextColumn("{task.description}"),
@@ -239,9 +239,14 @@ def _bar() -> Progress:
     )
 
 
-def _write(
+def write_figures(
     candidate: Candidate, suite: str, settings: Mapping[str, Any], figures: Mapping[str, Any]
 ) -> None:
+    """Writes what was found, and what is needed to repeat it, to `<suite>.json`.
+
+    Raises:
+        EvaluationError: the disk is full or gone.
+    """
     path = candidate.out / f"{suite}.json"
     content = {
         "model": candidate.name,

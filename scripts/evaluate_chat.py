@@ -1,0 +1,34 @@
+"""`evaluate.py --suite=chat`: a model's answers to a chat benchmark, for judges and for the game.
+
+python scripts/evaluate.py --suite=chat --workdir=runs/x --data=vicuna.jsonl --out=answers/x
+"""
+
+from absl import flags
+
+from qlora_jax.evaluation import chat_answers, suites
+from qlora_jax.generation import Sampling
+
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "chat: of the answers", lower_bound=0.0)
+_TOP_P = flags.DEFINE_float("top_p", 0.9, "chat: nucleus of the answers", 0.0, 1.0)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "chat: of an answer", lower_bound=1)
+_SLOTS = flags.DEFINE_integer("slots", 8, "chat: conversations at a time", lower_bound=1)
+
+
+def run(candidate: suites.Candidate, data: str, *, seed: int) -> None:
+    """Answers, and says how many answers there are and which questions have none."""
+    result = chat_answers.run_chat(
+        candidate,
+        data,
+        sampling=Sampling(temperature=_TEMPERATURE.value, top_p=_TOP_P.value),
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        slots=_SLOTS.value,
+        seed=seed,
+    )
+    print(f"wrote {result.path}: {result.answers} answers, {result.tokens:,} tokens")
+    if result.cut:
+        print(f"ended by the limit: {len(result.cut)} ({', '.join(result.cut)})")
+    if result.too_long:
+        print(
+            f"left out, too long for the model: {len(result.too_long)} "
+            f"({', '.join(result.too_long)})"
+        )
