@@ -1,10 +1,12 @@
-"""Evaluates a model, or makes a tournament of systems from judges' verdicts.
+r"""Evaluates a model, or makes a tournament of systems from judges' verdicts.
 
     python scripts/evaluate.py --suite=mmlu --workdir=runs/x --data=test/ --solved=dev/ --out=report
     python scripts/evaluate.py --suite=perplexity --model=models/llama --data=book.txt --out=report
     python scripts/evaluate.py --suite=crows_pairs --workdir=runs/x --data=crows.csv --out=report
     python scripts/evaluate.py --suite=lm_eval --workdir=runs/x --tasks=arc_easy --out=report
     python scripts/evaluate.py --suite=chat --workdir=runs/x --data=questions.jsonl --out=report
+    python scripts/evaluate.py --suite=judge --answers=a.jsonl --answers=b.jsonl \
+        --endpoint=https://api.openai.com/v1 --judge=gpt-4o --out=verdicts
     python scripts/evaluate.py --suite=elo --ratings=ratings/ --out=report
 
 The folder --out gets the figures as JSON with all that is needed to repeat them; a model's answers
@@ -17,6 +19,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 
 import evaluate_chat
+import evaluate_judge
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +28,7 @@ from qlora_jax import command_line, model_flags
 from qlora_jax.errors import ConfigError
 from qlora_jax.evaluation import elo_report, read_ratings, suites
 
-_SUITES = ["mmlu", "perplexity", "crows_pairs", "lm_eval", "chat", "elo"]
+_SUITES = ["mmlu", "perplexity", "crows_pairs", "lm_eval", "chat", "judge", "elo"]
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "what to evaluate", required=True)
 _OUT = flags.DEFINE_string("out", None, "the folder that gets the report", required=True)
 _MODEL = model_flags.define()
@@ -49,6 +52,9 @@ def main() -> None:
     """Runs the suite and prints its figures."""
     if _SUITE.value == "elo":
         _elo()
+        return
+    if _SUITE.value == "judge":
+        evaluate_judge.run(_OUT.value, _DATA.value)
         return
     if _SUITE.value == "lm_eval":
         if not _TASKS.value:

@@ -96,9 +96,8 @@ def verdicts(rows, judge="gpt"):
     score = np.array([row[1] for row in rows], float)
     question = np.array([row[2] for row in rows])
     points = np.full((len(rows), 2), np.nan)
-    return Ratings(
-        ("A", "B"), first, 1 - first, score, points, question, np.array([judge] * len(rows)), 0
-    )
+    judges, turn = np.array([judge] * len(rows)), np.zeros(len(rows), int)
+    return Ratings(("A", "B"), first, 1 - first, score, points, question, judges, turn, 0)
 
 
 def test_position_bias_compares_the_orders_of_one_question():

@@ -56,6 +56,16 @@ class Question:
     history: tuple[Mapping[str, str], ...] = ()
     category: str = ""
 
+    def shown(self, turn: int) -> str:
+        """What a judge sees of the question in one of its turns, from 0.
+
+        >>> Question("1", "all of it", ("Why?", "Really?")).shown(0)
+        'Why?'
+        """
+        if len(self.turns) == 1:
+            return self.text
+        return in_turns(self.turns[: turn + 1])
+
     def messages(self, replies: Sequence[str]) -> list[Mapping[str, str]]:
         """The conversation after some replies, up to the next turn of the user.
 

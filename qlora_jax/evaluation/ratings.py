@@ -6,7 +6,8 @@ Two kinds of records are read, and told apart by their fields:
   dropped. The systems and the judge stand in the file's name,
   `<system>-vs-<system>-<judge>-reviewer[-threeclass].jsonl`;
 - of Chatbot Arena: `model_a`, `model_b`, `winner` (`model_a`, `model_b`, or begins with `tie`),
-  and, where known, `judge` and `question_id`. To use ratings of your own, write these.
+  and, where known, `judge`, `question_id`, `turn` of the question, and `points` of both. To use
+  ratings of your own, write these.
 
 **Who answered first.** The name of a file does not always give the order of the answers: in the
 authors' relative ratings, all files with Guanaco have it reversed. What decides is `answer1_id` and
@@ -60,6 +61,7 @@ class Ratings:
         points: what the judge gave the two; NaN where it gave a verdict alone.
         question: of each match, as a text; empty where unknown.
         judge: who rated.
+        turn: of the question, from 1; 0 where it has only one.
         unparsed: how many records had no verdict; they are in none of the arrays.
     """
 
@@ -70,12 +72,13 @@ class Ratings:
     points: Float[np.ndarray, "M 2"]
     question: np.ndarray
     judge: np.ndarray
+    turn: Int[np.ndarray, " M"]
     unparsed: int
 
     def of_judge(self, judge: str) -> "Ratings":
         """Returns the matches of one judge, and the systems that occur in them."""
         keep = self.judge == judge
-        fields = ("first", "second", "score", "points", "question", "judge")
+        fields = ("first", "second", "score", "points", "question", "judge", "turn")
         kept = {name: getattr(self, name)[keep] for name in fields}
         used, index = np.unique([kept["first"], kept["second"]], return_inverse=True)
         kept["first"], kept["second"] = index.reshape(2, -1)
@@ -189,7 +192,9 @@ def _match(record: dict, named: tuple[str, str, str] | None, owners: dict[str, s
             return None
         names = (str(record["model_a"]), str(record["model_b"]))
         judge = str(record.get("judge", "unknown"))
-        return (*names, _WINNERS.get(winner, 0.5), (np.nan, np.nan), question, judge)
+        one, two = map(float, record.get("points") or (np.nan, np.nan))
+        turn = int(record.get("turn", 0))
+        return (*names, _WINNERS.get(winner, 0.5), (one, two), question, judge, turn)
     first, second, judge = named
     # Either answer settles the order, where it is known.
     if owners.get(record.get("answer1_id")) == {second} or (
@@ -201,14 +206,14 @@ def _match(record: dict, named: tuple[str, str, str] | None, owners: dict[str, s
         one, two = map(float, score)
         if not (0 <= one < np.inf and 0 <= two < np.inf):
             return None
-        return (first, second, (np.sign(one - two) + 1) / 2, (one, two), question, judge)
+        return (first, second, (np.sign(one - two) + 1) / 2, (one, two), question, judge, 0)
     if score == -1:
         return None
-    return (first, second, _CLASSES[score], (np.nan, np.nan), question, judge)
+    return (first, second, _CLASSES[score], (np.nan, np.nan), question, judge, 0)
 
 
 def _as_arrays(matches: Sequence[tuple], unparsed: int) -> Ratings:
-    first, second, score, points, question, judge = zip(*matches, strict=True)
+    first, second, score, points, question, judge, turn = zip(*matches, strict=True)
     systems = tuple(sorted({*first, *second}))
     index = {name: number for number, name in enumerate(systems)}
     return Ratings(
@@ -219,6 +224,7 @@ def _as_arrays(matches: Sequence[tuple], unparsed: int) -> Ratings:
         points=np.array(points, np.float64),
         question=np.array(question),
         judge=np.array(judge),
+        turn=np.array(turn),
         unparsed=unparsed,
     )
 
@@ -233,9 +239,11 @@ def position_bias(ratings: Ratings) -> PositionBias:
         Shares in [0, 1]; NaN for those over both orders if nothing was judged twice.
     """
     orders = collections.defaultdict(lambda: ([], []))
-    columns = (ratings.judge, ratings.question, ratings.first, ratings.second, ratings.score)
-    for judge, question, one, two, score in zip(*columns, strict=True):
-        orders[judge, question, min(one, two), max(one, two)][int(one > two)].append(score)
+    who = (ratings.judge, ratings.question, ratings.turn)
+    columns = (*who, ratings.first, ratings.second, ratings.score)
+    for judge, question, turn, one, two, score in zip(*columns, strict=True):
+        key = (judge, question, turn, min(one, two), max(one, two))
+        orders[key][int(one > two)].append(score)
     # An answer that was judged several times in one order has its first verdict counted. Without
     # questions, nothing says which verdicts are on the same answers.
     pairs = [(a[0], b[0]) for (_, question, *_), (a, b) in orders.items() if question and a and b]
