@@ -7,6 +7,7 @@ r"""Evaluates a model, or makes a tournament of systems from judges' verdicts.
     python scripts/evaluate.py --suite=chat --workdir=runs/x --data=questions.jsonl --out=report
     python scripts/evaluate.py --suite=judge --answers=a.jsonl --answers=b.jsonl \
         --endpoint=https://api.openai.com/v1 --judge=gpt-4o --out=verdicts
+    python scripts/evaluate.py --suite=datatypes --model=models/llama --data=book.txt --out=report
     python scripts/evaluate.py --suite=elo --ratings=ratings/ --out=report
 
 The folder --out gets the figures as JSON with all that is needed to repeat them; a model's answers
@@ -19,6 +20,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 
 import evaluate_chat
+import evaluate_datatypes
 import evaluate_judge
 from absl import flags
 from rich.console import Console
@@ -28,7 +30,9 @@ from qlora_jax import command_line, model_flags
 from qlora_jax.errors import ConfigError
 from qlora_jax.evaluation import elo_report, read_ratings, suites
 
-_SUITES = ["mmlu", "perplexity", "crows_pairs", "lm_eval", "chat", "judge", "elo"]
+_SUITES = [
+    "mmlu", "perplexity", "crows_pairs", "lm_eval", "datatypes", "chat", "judge", "elo"
+]  # fmt: skip
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "what to evaluate", required=True)
 _OUT = flags.DEFINE_string("out", None, "the folder that gets the report", required=True)
 _MODEL = model_flags.define()
@@ -55,6 +59,16 @@ def main() -> None:
         return
     if _SUITE.value == "judge":
         evaluate_judge.run(_OUT.value, _DATA.value)
+        return
+    if _SUITE.value == "datatypes":
+        evaluate_datatypes.main(
+            _MODEL,
+            _DATA.value,
+            pathlib.Path(_OUT.value).expanduser(),
+            stride=_STRIDE.value,
+            max_len=_MAX_LEN.value,
+            batch_tokens=_BATCH_TOKENS.value,
+        )
         return
     if _SUITE.value == "lm_eval":
         if not _TASKS.value:

@@ -182,7 +182,7 @@ def run_perplexity(
         DataError: there is no text.
         EvaluationError: the folder holds another evaluation.
     """
-    texts = _texts(data)
+    texts = read_texts(data)
     scorer = candidate.scorer()
     parts, size = perplexity.cut(candidate.tokenizer, texts, scorer.max_len, stride)
     settings = {
@@ -213,7 +213,8 @@ def run_perplexity(
     return found
 
 
-def _texts(data: str) -> list[str]:
+def read_texts(data: str) -> list[str]:
+    """Text files, each one document, or the "text" of records."""
     files = find_files(data)
     if all(file.suffix == ".txt" for file in files):
         try:
