@@ -9,6 +9,7 @@ r"""Evaluates a model, or makes a tournament of systems from judges' verdicts.
         --endpoint=https://api.openai.com/v1 --judge=gpt-4o --out=verdicts
     python scripts/evaluate.py --suite=datatypes --model=models/llama --data=book.txt --out=report
     python scripts/evaluate.py --suite=elo --ratings=ratings/ --out=report
+    python scripts/evaluate.py --suite=agreement --ratings=votes.jsonl --ratings=gpt/ --out=report
 
 The folder --out gets the figures as JSON with all that is needed to repeat them; a model's answers
 are kept there one by one, so that the same command goes on where it was stopped. docs/evaluation.md
@@ -16,6 +17,7 @@ says what is measured, and how.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping
 
@@ -28,10 +30,11 @@ from rich.table import Table
 
 from qlora_jax import command_line, model_flags
 from qlora_jax.errors import ConfigError
-from qlora_jax.evaluation import elo_report, read_ratings, suites
+from qlora_jax.evaluation import agreement, elo_report, read_ratings, suites
 
 _SUITES = [
-    "mmlu", "perplexity", "crows_pairs", "lm_eval", "datatypes", "chat", "judge", "elo"
+    "mmlu", "perplexity", "crows_pairs", "lm_eval", "datatypes", "chat", "judge", "elo",
+    "agreement",
 ]  # fmt: skip
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "what to evaluate", required=True)
 _OUT = flags.DEFINE_string("out", None, "the folder that gets the report", required=True)
@@ -46,7 +49,9 @@ _MAX_LEN = flags.DEFINE_integer(
     "max_len", None, "longest prompt or window, in tokens (what the model sees, at most 2048)"
 )
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "tokens of a batch", lower_bound=1)
-_RATINGS = flags.DEFINE_string("ratings", None, "elo: a file or folder of verdicts")
+_RATINGS = flags.DEFINE_multi_string(
+    "ratings", [], "elo, agreement: a file or folder of verdicts; can be repeated"
+)
 _ORDERINGS = flags.DEFINE_integer("orderings", 10_000, "elo: random orderings", lower_bound=2)
 _MATCHES = flags.DEFINE_integer("matches", None, "elo: drawn by each ordering (all)", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "chat, elo: of random choices", lower_bound=0)
@@ -56,6 +61,9 @@ def main() -> None:
     """Runs the suite and prints its figures."""
     if _SUITE.value == "elo":
         _elo()
+        return
+    if _SUITE.value == "agreement":
+        _agreement()
         return
     if _SUITE.value == "judge":
         evaluate_judge.run(_OUT.value, _DATA.value)
@@ -170,14 +178,46 @@ def _elo() -> None:
     if not _RATINGS.value:
         raise ConfigError("--suite=elo needs --ratings: a file or folder of verdicts")
     report = elo_report.write(
-        read_ratings(_RATINGS.value),
+        read_ratings(*_RATINGS.value),
         _OUT.value,
         orderings=_ORDERINGS.value,
         matches=_MATCHES.value,
         seed=_SEED.value,
-        source=_RATINGS.value,
+        source=", ".join(_RATINGS.value),
     )
     print(f"wrote {report}")
+
+
+def _agreement() -> None:
+    if not _RATINGS.value:
+        raise ConfigError("--suite=agreement needs --ratings, once for each rater")
+    sources = [(pathlib.Path(path).stem, read_ratings(path)) for path in _RATINGS.value]
+    raters = agreement.by_rater(sources)
+    found = agreement.compare_raters(raters, orderings=_ORDERINGS.value, seed=_SEED.value)
+
+    def text(value: float) -> str:
+        return f"{value:.3f}" if math.isfinite(value) else "–"
+
+    _print(
+        "Each rater with itself",
+        ["rater", "ratings", "items rated again", "Fleiss' kappa"],
+        ((name, one.ratings, one.repeated, text(one.kappa)) for name, one in found.alone.items()),
+    )
+    if found.pairs:
+        columns = ["raters", "items", "same", "Fleiss' kappa", "systems"]
+        _print(
+            "Two raters",
+            [*columns, "Kendall's tau", "Spearman's rho"],
+            (
+                (" / ".join(two), one.items, text(one.same), text(one.kappa), one.systems)
+                + (text(one.tau), text(one.rho))
+                for two, one in found.pairs.items()
+            ),
+        )
+    if len(found.alone) > 2:
+        every = found.together
+        print(f"all raters, {every.items} items: Fleiss' kappa {text(every.kappa)}")
+    print(f"wrote {agreement.write(found, _OUT.value, _RATINGS.value)}")
 
 
 if __name__ == "__main__":

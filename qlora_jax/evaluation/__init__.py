@@ -5,9 +5,12 @@
 costs to round weights, `datatypes_model` what it costs a model. `questions` reads chat benchmarks,
 `chat_answers` has a model answer them, `judges` asks a judge who answered better (in the words of
 `judge_prompts`, through `judge_client`). `judging` reads the text that a judge wrote, `ratings` the
-files that hold verdicts, `elo` turns them into ratings of systems, `elo_report` into a page.
+files that hold verdicts, `elo` turns them into ratings of systems, `elo_report` into a page;
+`agreement` measures how far raters agree.
 """
 
+from qlora_jax.evaluation.agreement import compare_raters as compare_raters
+from qlora_jax.evaluation.agreement import fleiss_kappa as fleiss_kappa
 from qlora_jax.evaluation.elo import BradleyTerry as BradleyTerry
 from qlora_jax.evaluation.elo import Elo as Elo
 from qlora_jax.evaluation.elo import bradley_terry as bradley_terry

@@ -107,11 +107,11 @@ class PositionBias:
     always_second: float
 
 
-def read_ratings(path: str | pathlib.Path) -> Ratings:
-    """Reads a file of verdicts, or all `*.jsonl` of a folder and of the folders in it.
+def read_ratings(*paths: str | pathlib.Path) -> Ratings:
+    """Reads files of verdicts, or all `*.jsonl` of folders and of the folders in them.
 
     Args:
-        path: the file or the folder.
+        *paths: at least one file or folder.
 
     Returns:
         The verdicts.
@@ -119,10 +119,12 @@ def read_ratings(path: str | pathlib.Path) -> Ratings:
     Raises:
         DataError: nothing is there, a record is of neither kind, or none has a verdict.
     """
-    found = resolve_path(str(path))
-    files = sorted(found.rglob("*.jsonl")) if found.is_dir() else [found]
-    if not files:
-        raise DataError(f"{found} holds no .jsonl files; {_NEED}")
+    files: list[pathlib.Path] = []
+    for found in (resolve_path(str(path)) for path in paths):
+        inside = sorted(found.rglob("*.jsonl")) if found.is_dir() else [found]
+        if not inside:
+            raise DataError(f"{found} holds no .jsonl files; {_NEED}")
+        files += inside
     records = [(file, number, record) for file in files for number, record in _records(file)]
     named = {file: _systems_of(file) for file in files}
     owners = _owners((named[file], record) for file, _, record in records)
@@ -139,7 +141,8 @@ def read_ratings(path: str | pathlib.Path) -> Ratings:
         else:
             matches.append(match)
     if not matches:
-        raise DataError(f"{found}: {unparsed} records, none with a verdict; {_NEED}")
+        source = ", ".join(map(str, paths))
+        raise DataError(f"{source}: {unparsed} records, none with a verdict; {_NEED}")
     return _as_arrays(matches, unparsed)
 
 
