@@ -60,6 +60,7 @@ from qlora_jax.chat_models import load_engine as load_engine
 
 # Which model is better, by judges' verdicts
 from qlora_jax.evaluation import bradley_terry as bradley_terry
+from qlora_jax.evaluation import compare_raters as compare_raters
 from qlora_jax.evaluation import elo_ratings as elo_ratings
 from qlora_jax.evaluation import read_ratings as read_ratings
 
