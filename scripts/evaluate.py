@@ -54,6 +54,9 @@ _RATINGS = flags.DEFINE_multi_string(
 )
 _ORDERINGS = flags.DEFINE_integer("orderings", 10_000, "elo: random orderings", lower_bound=2)
 _MATCHES = flags.DEFINE_integer("matches", None, "elo: drawn by each ordering (all)", lower_bound=1)
+_SIZES = flags.DEFINE_string(
+    "sizes", "{}", "elo: JSON, billions of parameters of systems whose names do not tell"
+)
 _SEED = flags.DEFINE_integer("seed", 0, "chat, elo: of random choices", lower_bound=0)
 
 
@@ -184,8 +187,19 @@ def _elo() -> None:
         matches=_MATCHES.value,
         seed=_SEED.value,
         source=", ".join(_RATINGS.value),
+        sizes=_sizes(),
     )
     print(f"wrote {report}")
+
+
+def _sizes() -> dict[str, float]:
+    try:
+        sizes = json.loads(_SIZES.value)
+    except ValueError:
+        sizes = None
+    if not isinstance(sizes, dict):
+        raise ConfigError(f'--sizes={_SIZES.value}: not a JSON object, such as {{"mine": 7}}')
+    return sizes
 
 
 def _agreement() -> None:

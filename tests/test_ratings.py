@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from qlora_jax.errors import DataError
-from qlora_jax.evaluation import read_ratings
+from qlora_jax.errors import DataError, UserError
+from qlora_jax.evaluation import elo_report, read_ratings
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAIRWISE = "{}-vs-{}-gpt-4-reviewer-threeclass.jsonl"
@@ -126,6 +126,23 @@ def test_one_command_makes_the_report(tmp_path):
     by_judge = markdown.split("## By judge")[1].split("##")[0]
     assert "| system | human | machine |" in by_judge
     assert next(line for line in by_judge.splitlines() if "<b>" in line).endswith("| – |")
+
+
+def test_sizes_are_in_names_or_given(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(elo_report, "_draw_sizes", lambda *arguments: drawn.append(arguments[-1]))
+    pairs = [("tiny-135M", "7b-guanaco"), ("7b-guanaco", "mine"), ("mine", "tiny-135M")]
+    records = [arena(*pair, "model_a", question=i) for i, pair in enumerate(pairs)]
+    ratings = read_ratings(write(tmp_path / "votes.jsonl", records))
+    names = {name: i for i, name in enumerate(ratings.systems)}
+    for given, expected in [({}, {}), ({"mine": 2.5}, {"mine": 2.5}), ({"tiny-135M": 1}, {})]:
+        elo_report.write(ratings, tmp_path / "out", orderings=2, sizes=given)
+        expected = {"tiny-135M": 0.135, "7b-guanaco": 7.0} | expected | given
+        assert drawn.pop() == {names[name]: pytest.approx(size) for name, size in expected.items()}
+    for given, message in [({"x": 1}, "a size of 'x'"), ({"mine": "7B"}, "got '7B'")]:
+        with pytest.raises(UserError, match=message):
+            elo_report.write(ratings, tmp_path / "other", sizes=given)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

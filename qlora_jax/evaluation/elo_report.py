@@ -10,7 +10,7 @@ import html
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -21,7 +21,8 @@ from qlora_jax.errors import UserError
 from qlora_jax.evaluation.elo import START, K, bradley_terry, elo_ratings, head_to_head
 from qlora_jax.evaluation.ratings import Ratings, position_bias, relative_scores
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?b\b", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([mb])\b", re.IGNORECASE)
+_BILLIONS = {"b": 1.0, "m": 1e-3}
 _INTERVALS = (
     "Elo is the mean over random orderings of the matches. ± is the 95 % interval of that mean: it "
     "shrinks with the number of orderings and does not say how sure a difference between systems "
@@ -49,6 +50,7 @@ def write(
     matches: int | None = None,
     seed: int = 0,
     source: str = "",
+    sizes: Mapping[str, float] | None = None,
 ) -> pathlib.Path:
     """Rates the systems and writes the report.
 
@@ -59,13 +61,15 @@ def write(
         matches: how many each ordering draws; None: all.
         seed: of the orderings and of the bootstrap.
         source: where the verdicts are from, for the page.
+        sizes: of systems, in billions of parameters; of the others what their names say ("7B").
 
     Returns:
         The path of `report.md`.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be made, or a size is of no system, or not above zero.
     """
+    sizes = _sizes(ratings.systems, sizes or {})
     out = pathlib.Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -105,10 +109,9 @@ def write(
         sections.append(_per_judge(ratings, judges, ranks, orderings, matches, seed))
     if relative := _relative(ratings):
         sections.append(relative)
-    sizes = {i: float(m[1]) for i in ranks.tolist() if (m := _SIZE.search(ratings.systems[i]))}
     if len(set(sizes.values())) > 1:
         _draw(out / "size.png", _draw_sizes, ratings.systems, elo, likely, sizes)
-        text = "For the systems whose name tells their number of parameters."
+        text = "For the systems whose number of parameters is known."
         sections.append(_Section("Score against size", text, plot="size.png"))
     settings = {
         "source": source,
@@ -145,6 +148,19 @@ def write(
     (out / "report.html").write_text(_as_html(sections, intro, out), encoding="utf-8")
     (out / "report.md").write_text(_as_markdown(sections, intro), encoding="utf-8")
     return out / "report.md"
+
+
+def _sizes(systems: Sequence[str], given: Mapping[str, float]) -> dict[int, float]:
+    """Billions of parameters, by the number of the system."""
+    for name, size in given.items():
+        if name not in systems:
+            raise UserError(f"a size of {name!r} was given; the systems are {', '.join(systems)}")
+        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < np.inf:
+            raise UserError(f"the size of {name!r} must be billions of parameters, got {size!r}")
+    named = {i: _SIZE.search(name) for i, name in enumerate(systems)}
+    found = {i: float(m[1]) * _BILLIONS[m[2].lower()] for i, m in named.items() if m}
+    found |= {i: float(given[name]) for i, name in enumerate(systems) if name in given}
+    return {i: size for i, size in found.items() if size > 0}
 
 
 def _rate(ratings: Ratings, orderings: int, matches: int | None, seed: int):
@@ -218,10 +234,10 @@ def _relative(ratings: Ratings) -> _Section | None:
     return _Section(f"Points relative to {baseline}", text, rows)
 
 
-def _draw(path: pathlib.Path, draw, *arguments) -> None:
+def _draw(path: pathlib.Path, draw, systems: Sequence[str], *arguments) -> None:
     # A Figure of its own, not pyplot's: no window system is asked for, and nothing is kept.
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    draw(figure.add_subplot(), *arguments)
+    figure = Figure(figsize=(8, max(5, 0.4 * len(systems))), layout="constrained")
+    draw(figure.add_subplot(), systems, *arguments)
     figure.savefig(path, dpi=110)
 
 
@@ -263,6 +279,7 @@ def _draw_sizes(axes: Axes, systems, elo, likely, sizes: dict[int, float]) -> No
         axes.annotate(systems[i], (size, elo.mean[i]), (6, 4), textcoords="offset points")
         axes.plot([size], [elo.mean[i]], "kx")
     axes.set_xscale("log")
+    axes.margins(x=0.2)  # for the names
     ticks = sorted(set(sizes.values()))
     axes.set_xticks(ticks, [f"{size:g}" for size in ticks], minor=False)
     axes.set_xticks([], minor=True)
