@@ -175,9 +175,15 @@ def get_config() -> config_dict.ConfigDict:
     train.loss_chunk = 256
 
     config.eval = evaluation = config_dict.ConfigDict()
-    # Steps from one held-out loss to the next; 0: only before and after.
+    # Steps from one held-out loss (and MMLU) to the next; 0: only before and after.
     evaluation.every = 0
     evaluation.batch_size = 4
+    # MMLU, whenever the held-out loss is measured: a file or folder of questions ("": none), those
+    # that are shown with their answers, five of the subject in front of each question ("": none),
+    # and how many are asked, spread over the subjects (0: all).
+    evaluation.mmlu = ""
+    evaluation.mmlu_solved = ""
+    evaluation.mmlu_max_questions = 0
 
     config.sample = sample = config_dict.ConfigDict()
     # Answer one held-out record before and after.

@@ -98,6 +98,7 @@ _RULES = {
     "train.loss_chunk": _at_least(1),
     "eval.every": _at_least(0),
     "eval.batch_size": _at_least(1),
+    "eval.mmlu_max_questions": _at_least(0),
     "sample.max_new_tokens": _at_least(1),
     "checkpoint.every": _at_least(1),
     "checkpoint.keep": _at_least(1),
@@ -221,6 +222,8 @@ def _combination_problems(fields: Mapping[str, Any]) -> list[str]:
             f"data.format: got {fields['data.format']!r}, needs to be auto: data.name={name!r} "
             "says how the records are read"
         )
+    if fields.get("eval.mmlu_solved") and not fields.get("eval.mmlu"):
+        problems.append("eval.mmlu: got '', needs the questions to ask behind eval.mmlu_solved")
     if fields.get("data.group_by_length") and fields.get("data.packing"):
         problems.append(
             "data.group_by_length: got True with data.packing=True, needs data.packing=False: "

@@ -34,6 +34,7 @@ FIELDS = {
     "step": "optimizer steps that are done",
     "loss": "of this step, mean nats per token that carries loss",
     "heldout_loss": "mean nats per token that carries loss, over all held-out records",
+    "mmlu_accuracy": "share of right answers over all questions of eval.mmlu",
     "learning_rate": "of this step",
     "grad_norm": "global norm of the gradient, before clipping",
     "tokens": "in the batch, without padding",

@@ -258,9 +258,11 @@ class Report:
         memory: int,
         seconds_left: float,
         heldout: float | None = None,
+        mmlu: float | None = None,
     ) -> None:
-        """One log step; `heldout` is the held-out loss if it was just measured."""
+        """One log step; `heldout` loss and accuracy on `mmlu` if they were just measured."""
         measured = "" if heldout is None else f"  held-out loss {heldout:.4f}"
+        measured += "" if mmlu is None else f"  MMLU {mmlu:.2%}"
         self.line(
             f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.4f}  lr {learning_rate:.2e}  "
             f"grad norm {grad_norm:.3f}  {tokens_per_second:,.0f} tokens/s  "
@@ -298,6 +300,13 @@ class Report:
             f"  {before:.4f} before → {after:.4f} after: {abs(after - before):.4f} nats per token "
             f"{verdict} ({records} records that were not trained on)"
         )
+
+    def mmlu(self, before: float | None, after: float, error: float, questions: int) -> None:
+        """The accuracy on MMLU before (if it was comparable) and after training."""
+        self.line()
+        self.line("MMLU", style="bold")
+        was = "" if before is None else f"{before:.2%} before → "
+        self.line(f"  {was}{after:.2%} ± {error:.2%} after ({questions:,} questions)")
 
     def answers(self, question: str, before: str, after: str) -> None:
         """One held-out question with the replies of the model before and after training."""

@@ -97,7 +97,13 @@ def test_the_whole_base():
             "neftune_alpha": 0.0,
             "loss_chunk": 256,
         },
-        "eval": {"every": 0, "batch_size": 4},
+        "eval": {
+            "every": 0,
+            "batch_size": 4,
+            "mmlu": "",
+            "mmlu_solved": "",
+            "mmlu_max_questions": 0,
+        },
         "sample": {"enabled": True, "max_new_tokens": 128},
         "checkpoint": {"every": 100, "keep": 2, "keep_best": True},
     }
@@ -118,6 +124,8 @@ def test_every_rule_is_about_a_field_and_every_number_and_choice_has_one():
         "data.packing",
         "data.group_by_length",
         "data.eval_path",
+        "eval.mmlu",
+        "eval.mmlu_solved",
         "optimizer.check_paging",
         "sample.enabled",
         "checkpoint.keep_best",

@@ -62,7 +62,7 @@ class Recorder:
 
     def evaluate(self, state):
         self.evaluated.append(int(state.step))
-        return 1.5
+        return {"heldout_loss": 1.5, "mmlu_accuracy": 0.25}
 
     def run(self, start=0, total=6, log=2, save=4, evaluate=0):
         text = io.StringIO()
@@ -92,7 +92,7 @@ def test_the_loop_logs_saves_and_evaluates_when_it_should():
     assert loop.evaluated == [2, 4, 6]
     assert [row.get("heldout_loss") for row in loop.rows] == [None, 1.5] * 3 + [None]
     assert [row["learning_rate"] for row in loop.rows] == pytest.approx([0.1 * i for i in range(7)])
-    assert "loss 1.0000" in loop.text and "held-out loss 1.5000" in loop.text
+    assert "loss 1.0000" in loop.text and "held-out loss 1.5000  MMLU 25.00%" in loop.text
 
 
 def test_the_saved_position_is_that_of_the_step_and_not_of_the_batch_fetched_ahead():

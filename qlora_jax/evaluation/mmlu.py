@@ -41,7 +41,7 @@ from qlora_jax.generation import encode_prompt
 
 LETTERS = "ABCD"
 # Questions that are asked before what was found is handed on.
-_GROUP = 128
+_GROUP = 512
 _HEADER = "The following are multiple choice questions (with answers) about {subject}.\n\n"
 _OPTIONS = re.compile(r"(?s)(.*)\nA\. (.*?)\nB\. (.*?)\nC\. (.*?)\nD\. (.*?)\nAnswer:\s*\Z")
 _SPLIT = re.compile(r"_(dev|test|val)\Z")
@@ -193,59 +193,99 @@ def letter_ids(tokenizer: Tokenizer) -> list[int]:
         DataError: a letter is no token of its own there.
     """
     asked = tokenizer.encode("Answer:")
-    found = []
-    for letter in LETTERS:
-        whole = tokenizer.encode(f"Answer: {letter}")
-        if whole[:-1] != asked:
+    encoded = [tokenizer.encode(f"Answer: {letter}") for letter in LETTERS]
+    found = [ids[-1] for ids in encoded]
+    for letter, ids in zip(LETTERS, encoded, strict=True):
+        # Where a letter is unknown it is the same token as the others.
+        if ids[:-1] != asked or found.count(ids[-1]) > 1:
             raise DataError(
                 f"MMLU is scored by the token behind 'Answer:', and this tokenizer has none for "
                 f"' {letter}'"
             )
-        found.append(whole[-1])
     return found
 
 
-def ask(
-    scorer: Scorer,
+class Prompt(NamedTuple):
+    """A question as the model reads it.
+
+    Attributes:
+        key: see `Answer`; so `answer` and `shots`.
+        ids: token ids.
+        shots: solved questions that had room in front of it.
+        answer: index of the right choice.
+    """
+
+    key: str
+    ids: list[int]
+    shots: int
+    answer: int
+
+
+def write_prompts(
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     solved: Sequence[Question] = (),
     *,
     shots: int = 5,
+    max_len: int,
     done: Iterable[str] = (),
-    progress: Callable[[int], object] = lambda questions: None,
-) -> Iterator[list[Answer]]:
-    """Asks all questions, subject by subject.
+) -> Iterator[list[Prompt]]:
+    """Writes the prompts, subject by subject.
 
     Args:
-        scorer: has the model.
         tokenizer: the model's.
         questions: to ask.
         solved: those that are shown with their answers; the first `shots` of the subject.
         shots: at most so many.
+        max_len: tokens of the longest prompt.
         done: keys of answers that are known already.
-        progress: called with the number of questions that were asked.
 
     Yields:
-        Answers of up to 128 questions of one subject.
+        Up to 512 prompts: of one subject with as many solved questions, or without any of all.
 
     Raises:
         DataError: a subject has no solved questions, or a question alone is too long.
     """
     if shots:
         _check_subjects(questions, solved)
-    letters, done = letter_ids(tokenizer), set(done)
-    for subject, group in _by_subject(questions).items():
-        shown = [shot for shot in solved if shot.subject == subject][:shots]
-        keys = [f"{subject}:{i}" for i in range(len(group))]
-        left = [(k, q) for k, q in zip(keys, group, strict=True) if k not in done]
-        for part in itertools.batched(left, _GROUP):
-            fitted = [_fit(tokenizer, question, shown, scorer.max_len) for _, question in part]
-            logprobs = scorer.choose_next([ids for ids, _ in fitted], letters, progress=progress)
-            yield [
-                Answer(key, tuple(map(float, row)), question.answer, count)
-                for (key, question), (_, count), row in zip(part, fitted, logprobs, strict=True)
-            ]
+    done = set(done)
+    left = {
+        subject: [
+            (f"{subject}:{i}", q) for i, q in enumerate(group) if f"{subject}:{i}" not in done
+        ]
+        for subject, group in by_subject(questions).items()
+    }
+    groups = left.values() if shots else [list(itertools.chain(*left.values()))]
+    for part in itertools.chain(*(itertools.batched(group, _GROUP) for group in groups)):
+        shown = [shot for shot in solved if shot.subject == part[0][1].subject][:shots]
+        prompts = [
+            Prompt(key, *_fit(tokenizer, question, shown, max_len), question.answer)
+            for key, question in part
+        ]
+        for count in sorted({prompt.shots for prompt in prompts}, reverse=True):
+            yield [prompt for prompt in prompts if prompt.shots == count]
+
+
+def ask(
+    scorer: Scorer,
+    letters: Sequence[int],
+    prompts: Sequence[Prompt],
+    *,
+    progress: Callable[[int], object] = lambda questions: None,
+) -> list[Answer]:
+    """Asks.
+
+    Args:
+        scorer: has the model.
+        letters: see `letter_ids`.
+        prompts: from `write_prompts`.
+        progress: called with the number of questions that were asked.
+    """
+    logprobs = scorer.choose_next([one.ids for one in prompts], letters, progress=progress)
+    return [
+        Answer(one.key, tuple(map(float, row)), one.answer, one.shots)
+        for one, row in zip(prompts, logprobs, strict=True)
+    ]
 
 
 def _check_subjects(questions: Sequence[Question], solved: Sequence[Question]) -> None:
@@ -257,7 +297,8 @@ def _check_subjects(questions: Sequence[Question], solved: Sequence[Question]) -
         )
 
 
-def _by_subject(questions: Sequence[Question]) -> dict[str, list[Question]]:
+def by_subject(questions: Sequence[Question]) -> dict[str, list[Question]]:
+    """The questions of each subject, in their order."""
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.subject, []).append(question)

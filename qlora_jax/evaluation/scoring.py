@@ -5,18 +5,17 @@ Two questions are asked of a model, and both batch rows of similar length:
     log_likelihoods   of a continuation behind its context: the log-probability of every token of it
     choose_next       which of a few tokens comes next, behind a prompt
 
-Prompts of one group may begin with the same text (the solved examples of a benchmark). Its keys and
-values are computed once, as a row of their own, and every prompt of the group is computed behind
-them: five shots of MMLU are ten times as long as the question.
+Prompts of one group may begin with the same text (the solved examples of a benchmark). It is read
+once, as a row of its own, and every prompt of the group behind it: five shots of MMLU are ten times
+as long as the question.
 
-Rows are padded to lengths from a short list, so that a benchmark compiles a few programs, and every
-batch has the same number of tokens, so that memory does not grow with the length. Logits exist for
-a few hundred positions at a time, and only for positions that are asked for.
+Benchmarks compile a few programs, all batches of one have the same number of tokens, and memory
+does not grow with their length. Logits exist for a few hundred positions at a time, and only for
+positions that are asked for.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -28,12 +27,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.errors import ConfigError, DataError
-from qlora_jax.models.kv_cache import EMPTY_SLOT, KVCache
+from qlora_jax.evaluation.packed_prompts import Layout, lay_out, pack, row_width
+from qlora_jax.generation.text import common_prefix
+from qlora_jax.models.kv_cache import KVCache
+from qlora_jax.models.shared_prefix import SharedPrefix
 from qlora_jax.models.t5 import T5
 
 # Lengths that rows are padded to are multiples of it up to 256 tokens, and of a power of two that
 # keeps padding below an eighth from there on.
 _LENGTH_STEP = 32
+# Of a prompt or window, in tokens, where nothing else is said.
+LONGEST = 2048
 # Positions whose logits exist at one time.
 _HEAD_CHUNK = 256
 
@@ -61,8 +65,10 @@ class Scorer:
     Args:
         model: a decoder with the interface of `qlora_jax.models.llama.Llama`, adapters or not. It
             is not changed; dropout is off.
-        max_len: the longest row, in tokens; None: what the model can see, at most 2,048.
-        batch_tokens: tokens of one batch, padding included.
+        max_len: the longest row, in tokens; None: what the model can see, at most `LONGEST`.
+        batch_tokens: tokens of one batch, padding included; a row that is longer is a batch.
+        share_prefixes: whether what prompts begin with in common is read once. Its keys and values
+            take memory: 0.5 MiB a token of LLaMA-7B, 2.5 of 65B.
 
     Raises:
         ConfigError: the model is an encoder-decoder, or `max_len` is more than it can see.
@@ -73,17 +79,25 @@ class Scorer:
         -4.1
     """
 
-    def __init__(self, model: nnx.Module, *, max_len: int | None = None, batch_tokens: int = 4096):
+    def __init__(
+        self,
+        model: nnx.Module,
+        *,
+        max_len: int | None = None,
+        batch_tokens: int = 4096,
+        share_prefixes: bool = True,
+    ):
         if isinstance(model, T5):
             raise ConfigError(
                 "language-model scores are those of a decoder, and this model is an "
                 "encoder-decoder; give a decoder-only model."
             )
-        limit = model.config.max_position_embeddings
+        limit = self._limit = model.config.max_position_embeddings
+        self._window = model.config.sliding_window
         if max_len is not None and not 2 <= max_len <= limit:
             raise ConfigError(f"{max_len=} must be from 2 to the {limit} tokens the model sees")
-        self.max_len = max_len or min(limit, 2048)
-        self.batch_tokens = batch_tokens
+        self.max_len = max_len or min(limit, LONGEST)
+        self.batch_tokens, self.share_prefixes = batch_tokens, share_prefixes
         model = nnx.merge(*nnx.split(model))  # a copy that shares the arrays
         model.eval()
         self._model = nnx.split(model)
@@ -160,21 +174,30 @@ class Scorer:
             self._check_length(i, len(prompt))
         found = np.zeros((len(prompts), len(candidates)), np.float32)
         ids = jnp.asarray(candidates, jnp.int32)
-        shared = common_prefix(prompts)
-        cache, width = None, 0
-        if shared < _LENGTH_STEP or len(prompts) == 1:
-            shared = 0
-        else:
-            width = padded_length(shared)
-            prefix = np.zeros((1, width), np.int32)
-            prefix[0, width - shared :] = prompts[0][:shared]
-            cache = _read_prefix(*self._model, prefix, shared)
-        for batch in self._batches([len(prompt) - shared for prompt in prompts], beside=width):
-            tokens, lengths = pad_right([prompts[i][shared:] for i in batch.rows], batch)
-            logprobs = _score_next(*self._model, tokens, lengths, ids, cache, shared)
-            found[batch.rows] = np.asarray(logprobs)[: len(batch.rows)]
-            progress(len(batch.rows))
+        shared = self._count_shared(prompts)
+        prefix = self._read_prefix(prompts[0][:shared]) if shared else None
+        rest = [prompt[shared:] for prompt in prompts]
+        for batch in pack([len(part) for part in rest], self.batch_tokens, self._limit):
+            logprobs = _score_next(*self._model, lay_out(rest, batch, shared), ids, prefix)
+            found[batch.prompts] = np.asarray(logprobs)[: len(batch.prompts)]
+            progress(len(batch.prompts))
         return found
+
+    def _count_shared(self, prompts: Sequence[Sequence[int]]) -> int:
+        """How many tokens of all prompts are read once: 0 where that saves nothing."""
+        shared = shared_beginning(prompts) if self.share_prefixes else 0
+        if shared < _LENGTH_STEP or len(prompts) < 2:
+            return 0
+        # A window is measured in slots, and packed prompts are not where they would be alone.
+        longest = max(map(len, prompts)) - shared
+        slots = prefix_length(shared) + row_width(longest, self.batch_tokens, self._limit)
+        return shared if (self._window or slots) >= slots else 0
+
+    def _read_prefix(self, ids: Sequence[int]) -> KVCache:
+        width = prefix_length(len(ids))
+        tokens = np.zeros((1, width), np.int32)
+        tokens[0, : len(ids)] = ids
+        return _read_prefix(*self._model, tokens, len(ids))
 
     def _check_length(self, i: int, length: int) -> None:
         if length > self.max_len:
@@ -183,12 +206,12 @@ class Scorer:
                 "it, or raise the limit if the model sees more."
             )
 
-    def _batches(self, lengths: Sequence[int], beside: int = 0) -> Iterator[Batch]:
+    def _batches(self, lengths: Sequence[int]) -> Iterator[Batch]:
         """Rows of similar length together, the longest first: memory runs out at once or never."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         while order:
             width = padded_length(lengths[order[0]])
-            size = max(1, self.batch_tokens // (width + beside))
+            size = max(1, self.batch_tokens // width)
             size = min(1 << (size.bit_length() - 1), 1 << (len(order) - 1).bit_length())
             yield Batch(order[:size], size, width)
             order = order[size:]
@@ -208,17 +231,25 @@ class Batch(NamedTuple):
     width: int
 
 
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+def shared_beginning(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with in common; every row is longer than that.
 
-    >>> common_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2]]), common_prefix([])
+    >>> shared_beginning([[1, 2, 3], [1, 2, 4, 5], [1, 2]]), shared_beginning([])
     (1, 0)
     """
-    count = min((len(row) - 1 for row in rows), default=0)
-    for row in rows[1:]:
-        while list(row[:count]) != list(rows[0][:count]):
-            count -= 1
-    return count
+    return min((min(common_prefix(rows[0], row), len(row) - 1) for row in rows), default=0)
+
+
+def prefix_length(length: int) -> int:
+    """The length that a shared beginning is padded to; each is a program more.
+
+    >>> [prefix_length(n) for n in (33, 300, 400, 1025)]
+    [128, 384, 512, 1536]
+    """
+    power = 128
+    while power < length:
+        power *= 2
+    return power if power == 128 or length > power * 3 // 4 else power * 3 // 4
 
 
 def padded_length(length: int) -> int:
@@ -256,15 +287,6 @@ def _pad_flat(parts: Sequence[Int[np.ndarray, " n"]]) -> Int[np.ndarray, " N"]:
     return np.pad(flat, (0, chunks * _HEAD_CHUNK - len(flat))).astype(np.int32)
 
 
-def _hidden(model: nnx.Module, tokens, lengths, cache=None, shared=0) -> Array:
-    places = jnp.arange(tokens.shape[1])
-    segment_ids = (places < lengths[:, None]).astype(jnp.int32)
-    positions = jnp.broadcast_to(shared + places, tokens.shape)
-    if cache is None:
-        return model.hidden_states(tokens, positions=positions, segment_ids=segment_ids)
-    return model.hidden_states(tokens, positions=positions, segment_ids=segment_ids, cache=cache)[0]
-
-
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _score_tokens(
     graphdef,
@@ -276,7 +298,12 @@ def _score_tokens(
 ) -> tuple[Float[Array, " N"], Bool[Array, " N"]]:
     """The log-probability of every target, and whether it is the likeliest token."""
     model = nnx.merge(graphdef, state)
-    hidden = _hidden(model, tokens, lengths)
+    places_in_row = jnp.arange(tokens.shape[1])
+    hidden = model.hidden_states(
+        tokens,
+        positions=jnp.broadcast_to(places_in_row, tokens.shape),
+        segment_ids=(places_in_row < lengths[:, None]).astype(jnp.int32),
+    )
     asked = hidden.reshape(-1, hidden.shape[-1])[places].reshape(-1, _HEAD_CHUNK, hidden.shape[-1])
 
     def one_chunk(each):
@@ -291,13 +318,13 @@ def _score_tokens(
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _read_prefix(graphdef, state, tokens: Int[Array, "1 P"], length) -> KVCache:
-    """Keys and values of what all prompts begin with, padded on the left."""
+    """Keys and values of what all prompts begin with, padded on the right."""
     model = nnx.merge(graphdef, state)
-    positions = jnp.arange(tokens.shape[1])[None] - (tokens.shape[1] - length)
+    slots = jnp.arange(tokens.shape[1])[None]
     _, cache = model.hidden_states(
         tokens,
-        positions=jnp.maximum(positions, 0),
-        segment_ids=(positions >= 0).astype(jnp.int32),
+        positions=jnp.minimum(slots, length - 1),
+        segment_ids=(slots < length).astype(jnp.int32),
         cache=model.init_cache(1, tokens.shape[1]),
     )
     return cache
@@ -305,26 +332,16 @@ def _read_prefix(graphdef, state, tokens: Int[Array, "1 P"], length) -> KVCache:
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _score_next(
-    graphdef, state, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], candidates, cache, shared
-) -> Float[Array, "B K"]:
+    graphdef, state, layout: Layout, candidates: Int[Array, " K"], prefix: KVCache | None
+) -> Float[Array, "N K"]:
+    """The log-probabilities of the candidates behind each place of a layout."""
     model = nnx.merge(graphdef, state)
-    if cache is not None:
-        cache = _extend(cache, *tokens.shape)
-    hidden = _hidden(model, tokens, lengths, cache, shared)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    tokens, segment_ids, positions, places = layout
+    options = dict(positions=positions, segment_ids=segment_ids)
+    if prefix is None:
+        hidden = model.hidden_states(tokens, **options)
+    else:
+        cache = SharedPrefix.of(prefix, *tokens.shape)
+        hidden, _ = model.hidden_states(tokens, **options, cache=cache)
+    last = hidden.reshape(-1, hidden.shape[-1])[places]
     return jax.nn.log_softmax(model.head(last).astype(jnp.float32))[:, candidates]
-
-
-def _extend(cache: KVCache, rows: int, more: int) -> KVCache:
-    """The cache of one row for many, with room for more tokens."""
-
-    def each(x: Array, axis: int, fill: int = 0) -> Array:
-        padding = [(0, more if i == axis + 1 else 0) for i in range(x.ndim)]
-        return jnp.repeat(jnp.pad(x, padding, constant_values=fill), rows, axis=axis)
-
-    return dataclasses.replace(
-        cache,
-        keys=each(cache.keys, 1),
-        values=each(cache.values, 1),
-        segment_ids=each(cache.segment_ids, 0, EMPTY_SLOT),
-    )

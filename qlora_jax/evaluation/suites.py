@@ -102,16 +102,19 @@ def run_mmlu(
     }
     with Journal(candidate.out / "mmlu.jsonl", settings) as journal, progress_bar() as bar:
         task = bar.add_task("MMLU", total=len(questions), completed=len(journal.records))
-        groups = mmlu.ask(
-            scorer,
+        letters = mmlu.letter_ids(candidate.tokenizer)
+        groups = mmlu.write_prompts(
             candidate.tokenizer,
             questions,
             examples,
             shots=shots,
+            max_len=scorer.max_len,
             done=journal.records,
-            progress=lambda count: bar.advance(task, count),
         )
-        for answers in groups:
+        for prompts in groups:
+            answers = mmlu.ask(
+                scorer, letters, prompts, progress=lambda count: bar.advance(task, count)
+            )
             journal.write((answer.key, answer[1:]) for answer in answers)
         answers = [mmlu.Answer(key, *record) for key, record in journal.records.items()]
     found = mmlu.summarize(answers)

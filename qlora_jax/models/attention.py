@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.devices import current_target
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.kv_cache import KVCache
+from qlora_jax.models.kv_cache import EMPTY_SLOT, KVCache
 from qlora_jax.models.norm import make_norm
 from qlora_jax.models.rope import apply_rope
 
@@ -27,10 +27,13 @@ def attention_mask(
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],
     window: int | Int[Array, ""] | None = None,
+    *,
+    shared: int = 0,
 ) -> Bool[Array, "B 1 T S"]:
     """True where a query may look at a key: not later, of the same segment, within the window.
 
-    The slots of the queries are those of every row, or each row has its own.
+    The slots of the queries are those of every row, or each row has its own. The first `shared`
+    slots are of every segment, as far as they are in use.
 
     >>> segments = jnp.array([[1, 1, 2]])
     >>> attention_mask(jnp.arange(3), segments, segments)[0, 0].astype(int)
@@ -42,7 +45,11 @@ def attention_mask(
     near = distance >= 0
     if window is not None:
         near &= distance < window
-    return (near & (query_segments[:, :, None] == key_segments[:, None, :]))[:, None]
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    if shared:
+        in_use = (jnp.arange(key_segments.shape[-1]) < shared) & (key_segments != EMPTY_SLOT)
+        same |= in_use[:, None, :]
+    return (near & same)[:, None]
 
 
 def grouped_attention(

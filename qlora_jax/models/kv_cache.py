@@ -18,6 +18,7 @@ a scale in each number.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ class KVCache:
     key_scales: Float32[Array, "L B S K"] | None = None
     value_scales: Float32[Array, "L B S K"] | None = None
     span: int | None = dataclasses.field(default=None, metadata={"static": True})
+    # No slot is of every segment; see `SharedPrefix`.
+    shared: ClassVar[int] = 0
 
     @classmethod
     def empty(

@@ -308,11 +308,12 @@ class Llama(nnx.Module):
         indices = jnp.arange(config.num_hidden_layers)
         is_full = jnp.isin(indices, jnp.array(config.full_attention_layers, jnp.int32))
         key_segments = segment_ids if cache is None else cache.visible_segments
+        shared = 0 if cache is None else cache.shared
 
         def mask_of(window: Int[Array, ""] | int | None) -> Bool[Array, "B 1 T S"] | None:
             if segment_ids is None:  # nothing but causal: `attend` knows that
                 return None
-            return attention_mask(slots, segment_ids, key_segments, window)
+            return attention_mask(slots, segment_ids, key_segments, window, shared=shared)
 
         mask = None if differ else mask_of(config.sliding_window)
         ropes = self._ropes(positions, in_chunks)

@@ -49,6 +49,8 @@ class CardFacts:
         train_loss: mean loss of the last log line, nats per token; None if no step was taken.
         heldout: held-out loss before and after, or None.
         answers: question, reply before, reply after, or None.
+        mmlu: share of right answers before (None where it does not compare) and after, its standard
+            error and the number of questions; or None.
     """
 
     workdir: pathlib.Path
@@ -62,6 +64,7 @@ class CardFacts:
     train_loss: float | None
     heldout: tuple[float, float] | None
     answers: tuple[str, str, str] | None
+    mmlu: tuple[float | None, float, float, int] | None = None
 
 
 def generate_command(workdir: pathlib.Path, python: str = "python") -> str:
@@ -130,11 +133,24 @@ def _results(facts: CardFacts) -> str:
         lines.append(f"| held out, after {facts.steps} steps | {after:.4f} |")
     if facts.train_loss is not None:
         lines += ["", "![loss](loss.png)"]
+    if facts.mmlu is not None:
+        lines += ["", _mmlu(facts)]
     if facts.answers is not None:
         names = ("A held-out question", "Before", "After")
         for name, text in zip(names, facts.answers, strict=True):
             lines += ["", f"**{name}**", "", *(f"> {row}" for row in text.strip().splitlines())]
     return "\n".join(lines)
+
+
+def _mmlu(facts: CardFacts) -> str:
+    before, after, error, questions = facts.mmlu
+    given = facts.config["eval"]
+    was = "" if before is None else f", {before:.2%} before training"
+    shots = "behind five solved ones" if given["mmlu_solved"] else "without solved ones"
+    return (
+        f"**MMLU**: {after:.2%} ± {error:.2%} of {questions:,} questions right{was} "
+        f"(`{given['mmlu']}`, {shots})"
+    )
 
 
 def _use(facts: CardFacts) -> str:

@@ -18,11 +18,13 @@ import optax
 from flax import nnx
 
 from qlora_jax import phases
+from qlora_jax.checkpoint import HELDOUT_LOSS
 from qlora_jax.data.batches import BatchIterator
 from qlora_jax.errors import Interrupted
 from qlora_jax.report import Report, memory_in_use
 from qlora_jax.training.bad_steps import BAD_STEPS_NAME, BadSteps
 from qlora_jax.training.interrupts import InterruptWatch
+from qlora_jax.training.mmlu import MMLU_ACCURACY
 from qlora_jax.training.step import TrainState
 
 # Of a step whose memory is planned: the device's, and where the optimizer's state lies.
@@ -79,12 +81,13 @@ class Hooks:
 
     Attributes:
         save: (step, state, position in the data, loss since the last line).
-        evaluate: the held-out loss of a state; None when a signal came before it was known.
+        evaluate: what is measured of a state, by its name in the metrics; nothing when a signal
+            came before it was known.
         record: (step, row), each step's metrics.
     """
 
     save: Callable[[int, TrainState, dict[str, int], float | None], None]
-    evaluate: Callable[[TrainState], float | None]
+    evaluate: Callable[[TrainState], dict[str, float]]
     record: Callable[[int, dict[str, float]], None]
 
 
@@ -149,8 +152,7 @@ def run_steps(
             }
             row |= {name: int(metrics[name]) for name in _PLACES if name in metrics}
             if intervals.evaluate and step % intervals.evaluate == 0 and not last:
-                heldout = hooks.evaluate(state)
-                row |= {} if heldout is None else {"heldout_loss": heldout}
+                row |= hooks.evaluate(state)
             hooks.record(step, row)
             if step == start + 1 or step % intervals.log == 0 or last:
                 loss = window.loss if window.loss_tokens else loss
@@ -163,7 +165,8 @@ def run_steps(
                     tokens_per_second=window.tokens_per_second,
                     memory=row["memory_bytes"],
                     seconds_left=(total - step) * spent / (step - start),
-                    heldout=row.get("heldout_loss"),
+                    heldout=row.get(HELDOUT_LOSS),
+                    mmlu=row.get(MMLU_ACCURACY),
                 )
                 window = Window()
             # Not among bad steps: where these are for good, older checkpoints must not make room.

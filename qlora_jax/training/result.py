@@ -22,6 +22,9 @@ class TrainResult:
         question: the held-out prompt that was asked, None if none was.
         answer_before: the base's reply.
         answer_after: the adapted model's reply.
+        mmlu_before: share of right answers of the base; None without `eval.mmlu`, or where the run
+            began with other questions.
+        mmlu_after: of the adapted model.
     """
 
     workdir: str
@@ -32,6 +35,8 @@ class TrainResult:
     question: str | None
     answer_before: str | None
     answer_after: str | None
+    mmlu_before: float | None = None
+    mmlu_after: float | None = None
 
 
 def finished_result(directory: Workdir, config: config_dict.ConfigDict) -> TrainResult | None:

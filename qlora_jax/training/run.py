@@ -35,24 +35,17 @@ from qlora_jax.training.building import (
     choose_compute_dtype,
     split_model,
 )
-from qlora_jax.training.card import (
-    CardFacts,
-    generate_command,
-    model_card,
-    this_python,
-)
+from qlora_jax.training.card import CardFacts, generate_command, model_card, this_python
 from qlora_jax.training.crash import Progress, TrackedBatches, crash_reported
 from qlora_jax.training.data import describe_data, load_training_data, question_text
 from qlora_jax.training.family import family_of
-from qlora_jax.training.heldout import Heldout
+from qlora_jax.training.heldout import OTHER_QUESTIONS, Heldout, as_row
 from qlora_jax.training.interrupts import sigterm_raises
 from qlora_jax.training.loop import Hooks, Intervals, run_steps
+from qlora_jax.training.mmlu import compare, read_training_questions
 from qlora_jax.training.result import TrainResult, finished_result
 from qlora_jax.training.saving import Resume, RunCheckpoints, check_resume
-from qlora_jax.training.step import (
-    TrainState,
-    init_state,
-)
+from qlora_jax.training.step import TrainState, init_state
 from qlora_jax.training.stepping import Steps
 from qlora_jax.training.workdir import Workdir, explain_os_error
 
@@ -139,6 +132,7 @@ class _Run:
         self.on_step, self.progress = on_step, progress
         self.checkpoints = RunCheckpoints(config, directory, report)
         phases.enter("loading")
+        questions = read_training_questions(config)  # what is wrong with them shows before the base
         device = jax.devices()[0]
         self.dtype, self.dtype_reason = choose_compute_dtype(config.model.compute_dtype, device)
         with report.busy(f"loading {config.model.path} and quantizing it"):
@@ -161,7 +155,9 @@ class _Run:
                 config, self.tokenizer, model.config.vocab_size, self.family.tokenize
             )
             notes += ["found from an earlier start"] if self.data.cached else []
-        self.heldout = Heldout(config, self.data.heldout, eval_graphdef, self.frozen, self.family)
+        self.heldout = Heldout(
+            config, self.data.heldout, eval_graphdef, self.frozen, self.family, questions
+        )
         self.batches = BatchIterator(
             self.data.train,
             batch_size=config.train.batch_size,
@@ -271,6 +267,8 @@ class _Run:
         self.state, self.before = found.tree, found.metadata["before"]
         self.train_loss, self.progress.step = found.metadata["train_loss"], found.step
         self.report.line(f"\ncontinuing after step {found.step} of {self.steps}", style="bold")
+        if self.heldout.has_other_questions(self.before):
+            self.report.line(OTHER_QUESTIONS, style="yellow")
 
     def _train(self, step_fn: Callable) -> None:
         """Takes the steps that are missing."""
@@ -278,8 +276,7 @@ class _Run:
         phases.enter("training")
         self.report.step_legend()
         writer = MetricsWriter(self.directory.path, resume_step=int(self.state.step))
-        if self.before["loss"] is not None:
-            writer.write(0, {"heldout_loss": self.before["loss"]})
+        writer.write(0, as_row(self.before))
         bad_steps = BadSteps(
             self.directory.path,
             most_skipped=config.train.max_skipped_steps,
@@ -290,8 +287,7 @@ class _Run:
 
         batches = TrackedBatches(self.batches, self.progress)
         if self.heldout.is_missing(int(self.state.step), self.directory):
-            writer.write(int(self.state.step), {HELDOUT_LOSS: self.heldout.loss(self.state)})
-            phases.enter("training")
+            writer.write(int(self.state.step), self.heldout.measure(self.state))
 
         def record(step: int, row: Mapping[str, float]) -> None:
             writer.write(step, row)
@@ -326,12 +322,16 @@ class _Run:
         self.checkpoints.save(step, state, found | {HELDOUT_LOSS: self.heldout.of_step(step)})
 
     def _measure(self, when: str) -> dict[str, Any]:
-        """Held-out loss and one answer, as far as there are held-out records."""
-        found: dict[str, Any] = {"loss": None, "answer": None}
+        """Held-out loss, MMLU and one answer, as far as there are records and questions."""
+        found: dict[str, Any] = {"loss": None, "mmlu": None, "answer": None}
         if self.data.heldout:
             with self.report.busy(f"held-out loss {when}") as notes:
                 found["loss"] = self.heldout.loss(self.state)
                 notes.append(f"loss {found['loss']:.4f}")
+        if self.heldout.questions:
+            with self.report.busy(f"MMLU {when}") as notes:
+                found["mmlu"] = self.heldout.accuracy(self.state)
+                notes.append(f"{found['mmlu']['value']:.2%} right")
         if self.config.sample.enabled and self.data.question is not None:
             with self.report.busy(f"answering a held-out question {when}"):
                 found["answer"] = generate(
@@ -347,6 +347,7 @@ class _Run:
         phases.enter("finishing")
         before = self.before or after
         asked = before["answer"] is not None and after["answer"] is not None
+        mmlu = compare(before.get("mmlu"), after["mmlu"])
         result = TrainResult(
             workdir=str(self.directory.path),
             steps=int(self.state.step),
@@ -356,13 +357,18 @@ class _Run:
             question=question_text(self.data.question) if asked else None,
             answer_before=before["answer"] if asked else None,
             answer_after=after["answer"] if asked else None,
+            mmlu_before=mmlu[0] if mmlu else None,
+            mmlu_after=mmlu[1] if mmlu else None,
         )
         heldout = answers = None
         if before["loss"] is not None and after["loss"] is not None:
             heldout = before["loss"], after["loss"]
             self.report.heldout(*heldout, records=len(self.data.heldout))
+        if mmlu:
+            self.report.mmlu(*mmlu)
+        if row := as_row(after):
             with MetricsWriter(self.directory.path, resume_step=result.steps) as writer:
-                writer.write(result.steps, {"heldout_loss": after["loss"]})
+                writer.write(result.steps, row)
         if asked:
             answers = result.question, result.answer_before, result.answer_after
             self.report.answers(*answers)
@@ -379,6 +385,7 @@ class _Run:
             train_loss=result.train_loss,
             heldout=heldout,
             answers=answers,
+            mmlu=mmlu,
         )
         self.directory.write_text("README.md", model_card(facts))
         self.directory.write_json("result.json", dataclasses.asdict(result))
