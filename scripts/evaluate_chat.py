@@ -12,6 +12,7 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "chat: of the answers", lo
 _TOP_P = flags.DEFINE_float("top_p", 0.9, "chat: nucleus of the answers", 0.0, 1.0)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 1024, "chat: of an answer", lower_bound=1)
 _SLOTS = flags.DEFINE_integer("slots", 8, "chat: conversations at a time", lower_bound=1)
+_SHOWN = 10
 
 
 def run(candidate: suites.Candidate, data: str, *, seed: int) -> None:
@@ -25,10 +26,10 @@ def run(candidate: suites.Candidate, data: str, *, seed: int) -> None:
         seed=seed,
     )
     print(f"wrote {result.path}: {result.answers} answers, {result.tokens:,} tokens")
-    if result.cut:
-        print(f"ended by the limit: {len(result.cut)} ({', '.join(result.cut)})")
-    if result.too_long:
-        print(
-            f"left out, too long for the model: {len(result.too_long)} "
-            f"({', '.join(result.too_long)})"
-        )
+    for name, ids in [
+        ("ended by the limit", result.cut),
+        ("left out, too long for the model", result.too_long),
+    ]:
+        if ids:
+            more = f", … (all in {result.path.with_name('chat.json')})" if len(ids) > _SHOWN else ""
+            print(f"{name}: {len(ids)} ({', '.join(ids[:_SHOWN])}{more})")

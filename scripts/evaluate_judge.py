@@ -79,7 +79,7 @@ def run(out: str, data: str | None) -> None:
     print(
         f"{expected.verdicts:,} verdicts, {expected.calls:,} calls: about "
         f"{expected.prompt_tokens:,} tokens of prompts (4 bytes a token) and "
-        f"{expected.reply_tokens:,} of replies ({judges.TOKENS_A_REPLY} a reply)"
+        f"{expected.reply_tokens:,} of replies (at most {judges.TOKENS_A_REPLY} a reply)"
         + (f", ${expected.cost:.2f}" if prices else ""),
         flush=True,
     )

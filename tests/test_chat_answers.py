@@ -5,9 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 import tiny_run
+from flax import nnx
 
+from qlora_jax import apply_qlora
 from qlora_jax.errors import DataError, EvaluationError
 from qlora_jax.evaluation import suites
 from qlora_jax.evaluation.chat_answers import PAPER_SAMPLING, converse, run_chat
@@ -93,6 +96,7 @@ def test_kinds_of_questions(tmp_path):
         ([{"turns": ["a", 1]}], "not a question"),
         ([{"answer": "x"}], "not a question"),
         (["text"], "q.jsonl:1"),
+        ([{"text": "\ud83d"}], "half of a surrogate pair"),
         ([{"messages": [{"role": "assistant", "content": "x"}]}], "end in the user's turn"),
         ([{"question_id": 1, "text": "a"}, {"question_id": "1", "text": "b"}], "question 1 before"),
     ],
@@ -175,8 +179,9 @@ def test_a_benchmark_goes_on_and_names_what_is_too_long(loaded, tmp_path):
     assert {one.system for one in answers} == {"tiny 1M"}
     other = tmp_path / "other.jsonl"
     other.write_text(written.replace("tiny 1M", "other"))
-    stored = read_stored([str(result.path), str(other)])
+    stored = read_stored([f"mine={result.path}", str(other)])
     assert [one.question_id for one in stored] == ["1", "2", "5"]
+    assert all(sorted(one.answers) == ["mine", "other"] for one in stored)
     # Stopped after two questions, and continued in other company.
     journal = tmp_path / "out" / "chat.journal"
     lines = journal.read_text().splitlines(keepends=True)
@@ -189,6 +194,24 @@ def test_a_benchmark_goes_on_and_names_what_is_too_long(loaded, tmp_path):
     figures = json.loads((tmp_path / "out" / "chat.json").read_text())
     assert figures["figures"]["too_long"] == ["3", "4"]
     assert figures["settings"]["top_p"] == PAPER_SAMPLING.top_p == 0.9
+
+
+@pytest.mark.slow
+def test_the_adapter_answers_where_there_is_one(loaded):
+    _, model, tokenizer = loaded
+    adapted = apply_qlora(model, rank=2, alpha=4, quant_type=None, rngs=nnx.Rngs(0))
+    noise = jax.tree.map(
+        lambda a: a + 0.3 * jax.random.normal(jax.random.key(1), a.shape, a.dtype),
+        nnx.state(adapted, nnx.LoRAParam),
+    )
+    nnx.update(adapted, noise)
+    question, said = Question("1", "", ("what is one",)), []
+    for one in (model, adapted):
+        engine = Engine(one, tokenizer, slots=1, max_len=96)
+        ((_, (reply,)),) = converse(engine, [question], sampling=Sampling(), max_new_tokens=8)
+        assert generate(one, tokenizer, [question.messages([])], max_new_tokens=8) == [reply.text]
+        said.append(reply.text)
+    assert said[0] != said[1]
 
 
 @pytest.mark.slow

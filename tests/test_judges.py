@@ -263,6 +263,8 @@ def test_costs_are_estimated_and_limited(tmp_path):
     size = sum(len(m["content"]) for one in comparisons for m in one.body["messages"])
     assert size / 4 <= expected.prompt_tokens <= size / 4 + 6
     assert expected.cost == pytest.approx((expected.prompt_tokens * 10 + 1800 * 100) / 1e6)
+    short = judges.pair_up(answers(), own_prompts("threeclass"), "m", settings={"max_tokens": 50})
+    assert judges.estimate(short, ()).reply_tokens == 300
     with judging(likes("a")) as stub:
         # A call is 100 and 10 tokens: 0.2 cents.
         with pytest.raises(EvaluationError, match=r"\$0.01 are spent.*3 of 6 replies are kept"):

@@ -87,7 +87,8 @@ class Estimate:
         verdicts: that are wanted.
         calls: that are needed for them; the rest is known already.
         prompt_tokens: at 4 bytes of UTF-8 a token.
-        reply_tokens: at 300 a reply, what the paper's verdicts have on average.
+        reply_tokens: at 300 a reply, what the paper's verdicts have on average, or at `max_tokens`
+            where that is less.
         cost: dollars; None without prices.
     """
 
@@ -204,7 +205,7 @@ def estimate(
     known = frozenset(known)
     left = {one.key: one.body for one in comparisons if one.key not in known}
     prompt = sum(_tokens(body) for body in left.values())
-    reply = TOKENS_A_REPLY * len(left)
+    reply = sum(_reply_tokens(body) for body in left.values())
     cost = prices.cost(prompt, reply) if prices else None
     return Estimate(len(comparisons), len(left), prompt, reply, cost)
 
@@ -212,6 +213,11 @@ def estimate(
 def _tokens(body: Mapping[str, Any]) -> int:
     size = sum(len(one["content"].encode(errors="replace")) for one in body["messages"])
     return -(-size // BYTES_A_TOKEN)
+
+
+def _reply_tokens(body: Mapping[str, Any]) -> int:
+    most = body.get("max_tokens", body.get("max_completion_tokens"))
+    return min(TOKENS_A_REPLY, most) if isinstance(most, int) else TOKENS_A_REPLY
 
 
 def known_replies(out: pathlib.Path) -> frozenset[str]:

@@ -18,6 +18,7 @@ not repeat the question, which is then looked up by its id.
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,6 +138,10 @@ def _records(spec: str | pathlib.Path, need: str) -> Iterator[tuple[str, dict[st
                 raise DataError(f"{where}: {record}; {need}")
             if not isinstance(record, dict):
                 raise DataError(f"{where}: not an object; {need}")
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError:  # no tokenizer and no endpoint takes it
+                raise DataError(f"{where}: half of a surrogate pair; write the character") from None
             yield where, record
 
 

@@ -4,9 +4,9 @@ A file is JSON Lines in the form of the QLoRA authors' generations,
 
     {"question_id": 1, "text": "How can I improve …?", "generation": "Start with …"}
 
-and belongs to one system, whose name is given with it or is the file's own. `question` and `answer`
-are read as `text` and `generation` are, and a record's `model` comes before the file's name, so
-that one file can hold several systems.
+and belongs to one system, whose name is given with it; else it is the record's `model`, so that one
+file can hold several systems, or the file's own name. `question` and `answer` are read as `text`
+and `generation` are.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def read_stored(specs: Sequence[str]) -> list[StoredQuestion]:
         name, path = _split(spec)
         for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
             if line.strip():
-                _add(found, line, name, f"{path}, line {number}")
+                _add(found, line, name, path, number)
     questions = [question for question in found.values() if len(question.answers) > 1]
     if not questions:
         raise DataError(
@@ -72,15 +72,18 @@ def _split(spec: str) -> tuple[str, pathlib.Path]:
     file = resolve_path(path)
     if not file.is_file():
         raise DataError(f"{file} is a folder; {_NEED}")
-    return name or file.stem, file
+    return name, file
 
 
-def _add(found: dict[str, StoredQuestion], line: str, name: str, where: str) -> None:
+def _add(
+    found: dict[str, StoredQuestion], line: str, name: str, file: pathlib.Path, number: int
+) -> None:
+    where = f"{file}, line {number}"
     try:
         record = json.loads(line)
         question = record.get("question", record.get("text"))
         answer = record.get("answer", record.get("generation"))
-        system = record.get("model", name)
+        system = name or record.get("model", file.stem)
         question_id = str(record.get("question_id", question))
     except (ValueError, AttributeError):
         raise DataError(f"{where}: not a JSON object; {_NEED}") from None
