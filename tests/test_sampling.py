@@ -68,6 +68,7 @@ def test_equal_logits_do_not_widen_top_k():
 
 def test_greedy_takes_the_first_of_the_likeliest():
     assert greedy_tokens(jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, 0.0]])).tolist() == [1, 0]
+    assert greedy_tokens(jnp.full((1, 3), jnp.nan)).tolist() < [3]
     assert Sampling().greedy and not Sampling(temperature=0.1).greedy
 
 

@@ -5,95 +5,160 @@ reads (`pallas_kernels.matmul_4bit`). A CPU needs several times longer to decode
 read it in 16 bits, so there the weights are decoded once, into the dtype of the computation, and
 kept beside the packed ones. The values are the same ones that the packed product computes with.
 
-How they lie in memory decides what XLA makes of the product. One row (batch 1) becomes a loop that
-reads the weights once, which is fast if every output's weights lie side by side, [out, in]; with
-more rows it calls a matrix product, which wants [in, out]. Both are fast for matrices of a few
-thousand rows only, so the vocabulary is cut into pieces.
+How they lie in memory decides what XLA makes of the product. With several rows it calls a matrix
+product, which wants [in, out]. With one row (batch 1) `row_product` gives it pieces of [out, in] in
+a loop of their own, for which XLA emits a single kernel that reads, widens and multiplies at the
+speed of the memory. The plain product of the same arrays first writes a float32 copy of the matrix,
+and takes twice as long.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int
 
 from qlora_jax.flax_nnx import is_head, linear_paths, substitute
 from qlora_jax.memory_limits import host_limits
 from qlora_jax.mixed import map_layers
 from qlora_jax.models.llama import Llama
+from qlora_jax.models.unscanned import UnscannedVariable
 from qlora_jax.nnx_linear import QLoRALinear
 from qlora_jax.quantized import QuantizedTensor, dequantize
 from qlora_jax.tree import join_path
 
 # Up to so many rows at once the copy made for one row is used, and for more the packed weights.
-_FEW_ROWS = 16
-# Of the vocabulary in one product; few enough for the loop that XLA makes of it to be fast.
-_PIECE = 3072
+_FEW_ROWS = 128
+# Outputs of one step of `row_product`; for few of them the loop would be unrolled.
+_PIECE = 192
+# Of the vocabulary in one product of several rows.
+_VOCABULARY_PIECE = 16384
 # What the copy may take of the memory that is free.
 _SHARE = 0.5
 
 
-class DenseCopy(nnx.Variable):
-    """Weights that were decoded for speed; no part of the model's own state."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """The weights of a projection in all layers, and which layer is asked for."""
+
+    stack: Float[Array, "L N K"]
+    layer: Int[Array, ""] | int = 0
+
+    def at(self, layer: Int[Array, ""]) -> "Matrices":
+        """What a layer sees."""
+        return dataclasses.replace(self, layer=layer)
+
+    @property
+    def matrix(self) -> Float[Array, "N K"]:
+        """Of the layer."""
+        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
 
 
-class DenseLinear(nnx.Module):
-    """A linear layer without adapter, with a dense copy of its kernel.
+class RowCopy(UnscannedVariable):
+    """`Matrices` that were decoded for speed; no part of the model's own state.
 
-    Attributes:
-        kernel: [*L, out, in] for one row, [*L, in, out] for more.
-        packed: the layer itself, which takes many rows at once; None: the copy takes them too.
-        bias: of the layer, or None.
-        one_row: whether the copy was made for one row.
+    Not sliced by the scan over the layers: the slice would be a copy.
     """
 
-    def __init__(self, linear: QLoRALinear, dtype: jnp.dtype, *, one_row: bool):
+
+class DenseCopy(nnx.Variable):
+    """The same for several rows."""
+
+
+def row_product(row: Float[Array, "1 K"], matrices: Matrices) -> Float32[Array, "1 N"]:
+    """`row @ matrix.T` on a CPU, at the speed of the memory; see the module.
+
+    >>> row_product(jnp.ones((1, 2)), Matrices(jnp.arange(6.0).reshape(1, 3, 2)))
+    Array([[1., 5., 9.]], dtype=float32)
+    """
+    _, outputs, inputs = matrices.stack.shape
+    size = min(_PIECE, -(-outputs // 2))
+
+    def piece(index: Int[Array, ""], y: Float32[Array, "1 N"]) -> Float32[Array, "1 N"]:
+        # The last piece begins earlier: reading and writing are clamped alike.
+        start = (matrices.layer, index * size, 0)
+        some = jax.lax.dynamic_slice(matrices.stack, start, (1, size, inputs))[0]
+        product = jnp.matmul(row, some.T, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice(y, product, (0, index * size))
+
+    zeros = jnp.zeros((1, outputs), jnp.float32)
+    return jax.lax.fori_loop(0, -(-outputs // size), piece, zeros)
+
+
+class RowLinear(nnx.Module):
+    """A linear layer without adapter, with a copy of its kernel for one row at a time.
+
+    Attributes:
+        copy: [L, out, in].
+        packed: the layer itself, which takes many rows at once.
+    """
+
+    def __init__(self, linear: QLoRALinear, dtype: jnp.dtype):
         """Decodes the kernel of a layer, one matrix at a time."""
-        self.kernel = DenseCopy(_decode(linear, dtype, one_row))
-        self.packed = linear if one_row else None
-        self.bias = nnx.data(linear.bias)
-        self.dtype, self.one_row = linear.dtype, one_row
+        self.copy = RowCopy(Matrices(_decode(linear, dtype, transpose=True)))
+        self.packed, self.dtype = linear, linear.dtype or dtype
 
     def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B N"]:
         """Applies the layer."""
-        if self.packed is not None and math.prod(x.shape[:-1]) > _FEW_ROWS:
+        rows = math.prod(x.shape[:-1])
+        if rows > _FEW_ROWS:
             return self.packed(x)
-        kernel = self.kernel.get_value()
-        x = x.astype(self.dtype or kernel.dtype)
-        y = x @ (kernel.T if self.one_row else kernel)
+        x, kernel, bias = x.astype(self.dtype), self.copy.get_value(), self.packed.bias
+        if rows == 1:
+            y = row_product(x.reshape(1, -1), kernel).astype(x.dtype).reshape(*x.shape[:-1], -1)
+        else:
+            y = x @ kernel.matrix.T
+        return y if bias is None else y + bias.get_value().astype(y.dtype)
+
+
+class DenseLinear(nnx.Module):
+    """A linear layer without adapter, with a dense copy of its kernel for several rows.
+
+    Attributes:
+        copy: [*L, in, out].
+        bias: of the layer, or None.
+    """
+
+    def __init__(self, linear: QLoRALinear, dtype: jnp.dtype):
+        """Decodes the kernel of a layer, one matrix at a time."""
+        self.copy = DenseCopy(_decode(linear, dtype))
+        self.bias, self.dtype = nnx.data(linear.bias), linear.dtype or dtype
+
+    def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B N"]:
+        """Applies the layer."""
+        y = x.astype(self.dtype) @ self.copy.get_value()
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
 
 class DenseHead(nnx.Module):
-    """The output head, cut into pieces of the vocabulary.
+    """The output head.
 
     Attributes:
-        kernel: [pieces, size, D] for one row, [pieces, D, size] for more.
-        vocab_size: tokens; the last piece may be longer than what is left of them.
-        one_row: see `DenseLinear`.
+        copy: for one row [1, V, D]; for more a tuple of pieces of the vocabulary [D, size], because
+            a product with tens of thousands of outputs is slower than two with half of them.
     """
 
     def __init__(self, table: Float[Array, "V D"], *, one_row: bool):
-        """Cuts the rows of a head (or of a tied embedding) into pieces."""
-        self.vocab_size, self.one_row = table.shape[0], one_row
-        pieces = -(-table.shape[0] // _PIECE)
-        size = -(-table.shape[0] // pieces)
-        table = jnp.pad(table, ((0, pieces * size - table.shape[0]), (0, 0)))
-        table = table.reshape(pieces, size, -1)
-        self.kernel = DenseCopy(table if one_row else jnp.swapaxes(table, 1, 2).copy())
+        """Takes the rows of a head (or of a tied embedding)."""
+        if one_row:
+            self.copy = RowCopy(Matrices(table[None]))
+        else:
+            starts = range(0, table.shape[0], _VOCABULARY_PIECE)
+            self.copy = DenseCopy(tuple(table[i : i + _VOCABULARY_PIECE].T.copy() for i in starts))
 
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits in float32."""
-        kernel, rows = self.kernel.get_value(), hidden.reshape(-1, hidden.shape[-1])
-        rows = rows.astype(kernel.dtype)
-
-        def piece(_, kernel):
-            kernel = kernel.T if self.one_row else kernel
-            return None, jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
-
-        _, logits = jax.lax.scan(piece, None, kernel)
-        logits = jnp.moveaxis(logits, 0, 1).reshape(rows.shape[0], -1)[:, : self.vocab_size]
+        copy, rows = self.copy.get_value(), hidden.reshape(-1, hidden.shape[-1])
+        if isinstance(copy, Matrices):
+            rows = rows.astype(copy.stack.dtype)
+            logits = jax.lax.map(lambda row: row_product(row[None], copy)[0], rows)
+        else:
+            rows = rows.astype(copy[0].dtype)
+            pieces = [jnp.matmul(rows, one, preferred_element_type=jnp.float32) for one in copy]
+            logits = jnp.concatenate(pieces, axis=-1)
         return logits.reshape(*hidden.shape[:-1], -1)
 
 
@@ -121,13 +186,14 @@ def with_dense_copy(model: Llama, *, one_row: bool) -> Llama:
         model: without adapters, or of `adapters.serve_adapters`; it is changed.
         one_row: made for decoding one row at a time.
     """
-    dtype = jnp.dtype(model.dtype)
-    linears = _linears(model)
+    dtype, linears = jnp.dtype(model.dtype), _linears(model)
     copies = {}
     for path, node in nnx.iter_graph(model):
         linear = linears.get(join_path(path))
-        if linear is not None and (one_row or not _is_dense(linear, dtype)):
-            copies[id(node)] = DenseLinear(linear, dtype, one_row=one_row)
+        if linear is not None and one_row:
+            copies[id(node)] = RowLinear(linear, dtype)
+        elif linear is not None and not _is_dense(linear, dtype):
+            copies[id(node)] = DenseLinear(linear, dtype)
     table = _head_table(model)
     model = substitute(model, copies, {})
     if table is not None:
@@ -161,13 +227,15 @@ def _head_table(model: Llama) -> Float[Array, "V D"] | None:
 
 
 def _decode(
-    linear: QLoRALinear, dtype: jnp.dtype, one_row: bool
+    linear: QLoRALinear, dtype: jnp.dtype, *, transpose: bool = False
 ) -> Float[Array, "*L rows columns"]:
+    """The kernel [*L, in, out], or transposed."""
+
     def dense(kernel: QuantizedTensor | Array) -> Array:
         if isinstance(kernel, QuantizedTensor):
             kernel = dequantize(kernel, dtype).T
         kernel = kernel.astype(dtype)
-        return kernel.T if one_row else kernel
+        return kernel.T if transpose else kernel
 
     decode = jax.jit(lambda kernel: map_layers(dense, linear.leading_shape, kernel))
     return decode(linear.matrix_kernel)

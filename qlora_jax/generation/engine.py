@@ -18,10 +18,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError
@@ -225,7 +226,7 @@ class Engine:
           What is new in each reply; [] when there is nothing to do.
         """
         deltas, self._cancelled = self._cancelled, []
-        admitted = list(self._admit_waiting())
+        admitted = self._admit_waiting()
         if admitted:
             # Without a chunk behind it: the first token of a reply is not to wait.
             return deltas + admitted
@@ -247,11 +248,26 @@ class Engine:
                 texts.append(stop)
         return texts, frozenset(ids)
 
-    def _admit_waiting(self) -> Iterator[Delta]:
+    def _admit_waiting(self) -> list[Delta]:
+        admitted = []
         while self._waiting and not all(slot.reply for slot in self._slots):
             reply = self._waiting.popleft()
             row, known = self._choose_slot(reply.request)
-            yield self._admit(reply, row, known)
+            prompt = [int(token) for token in reply.request.prompt_ids]
+            self._admitted += 1
+            slot = _Slot(reply, prompt, None, reply.request.adapter, self._admitted)
+            self._slots[row] = slot
+            self.cached_tokens += known
+            admitted.append((row, known))
+        width = max((len(self._slots[row].read) - known for row, known in admitted), default=0)
+        width = programs.bucket(width, _SHORTEST_PROMPT_BUCKET)
+        # One pass reads the weights once, but computes for every slot, whether it has a prompt.
+        if 2 * len(admitted) > max(self.slots, 2) and self.slots * width <= LONGEST_PIECE:
+            tokens = self._read_all(dict(admitted), width)
+        else:
+            tokens = [self._read(row, known) for row, known in admitted]
+        slots = [self._slots[row] for row, _ in admitted]
+        return [self._take(slot, [int(one)]) for slot, one in zip(slots, tokens, strict=True)]
 
     def _choose_slot(self, request: Request) -> tuple[int, int]:
         """The free slot that has read most of a prompt, and how many of its tokens.
@@ -268,42 +284,48 @@ class Engine:
         known, _, row = max(found)
         return row, known
 
-    def _admit(self, reply: _Reply, row: int, known: int) -> Delta:
-        request, slot = reply.request, self._slots[row]
-        prompt = [int(token) for token in request.prompt_ids]
-        self._admitted += 1
-        self._slots[row] = slot = _Slot(reply, prompt, None, request.adapter, self._admitted)
-        new = programs.Admission(
+    def _admission(self, row: int, start: int, width: int) -> programs.Admission:
+        """What is read of a slot's prompt from `start` on."""
+        slot = self._slots[row]
+        request, piece = slot.reply.request, slot.read[start : start + width]
+        self.prompt_tokens += len(piece)
+        return programs.Admission(
             row=np.int32(row),
-            tokens=None,
-            start=None,
-            count=None,
-            seen=programs.seen_tokens(prompt, self._vocab_size),
+            tokens=np.pad(np.array(piece, np.int32), (0, width - len(piece))),
+            start=np.int32(start),
+            count=np.int32(len(piece)),
+            seen=programs.seen_tokens(slot.read, self._vocab_size),
             left=np.int32(request.max_new_tokens),
             seed=np.uint32(request.seed % 2**32),
             sampling=request.sampling.as_arrays(),
             adapter=np.int32(self._adapter_number(request.adapter)),
         )
-        self.cached_tokens += known
-        while known < len(prompt):  # what is chosen behind all pieces but the last is forgotten
-            known, token = self._read(new, prompt, known)
-        return self._take(slot, [int(token)])
 
-    def _read(self, new: programs.Admission, prompt: list[int], known: int) -> tuple[int, Any]:
-        """Reads on in a prompt; how far that is, and the token chosen there."""
-        count = min(len(prompt) - known, LONGEST_PIECE)
-        width = min(programs.bucket(count, _SHORTEST_PROMPT_BUCKET), self.max_len)
-        # A padded piece must not reach beyond the last slot; then it begins earlier.
-        start = min(known, self.max_len - width)
-        tokens = np.zeros(width, np.int32)
-        count += known - start
-        tokens[:count] = prompt[start : start + count]
-        self.prompt_tokens += count
-        new = dataclasses.replace(new, tokens=tokens, start=np.int32(start), count=np.int32(count))
+    def _read(self, row: int, known: int) -> Array:
+        """Reads a prompt into its slot, piece by piece; the first token of the reply."""
+        count = len(self._slots[row].read)
+        while known < count:  # what is chosen behind all pieces but the last is forgotten
+            left = min(count - known, LONGEST_PIECE)
+            width = min(programs.bucket(left, _SHORTEST_PROMPT_BUCKET), self.max_len)
+            # A padded piece must not reach beyond the last slot; then it begins earlier.
+            start = min(known, self.max_len - width)
+            new, span = self._admission(row, start, width), self._span(start + width)
+            model = self._graphdef, self._state, self._device
+            self._device, token = programs.admit(*model, new, self._end_ids, span=span)
+            known = start + int(new.count)
+        return token
+
+    def _read_all(self, known: dict[int, int], width: int) -> list[Array]:
+        """Reads the prompts of several slots at once; the first tokens of their replies."""
+        some = {row: self._admission(row, start, width) for row, start in known.items()}
+        nothing = jax.tree.map(np.zeros_like, next(iter(some.values())))
+        new = [some.get(row, nothing) for row in range(self.slots)]
+        new = jax.tree.map(lambda *rows: np.stack(rows), *new)
         model = self._graphdef, self._state, self._device
-        span = self._span(start + width)
-        self._device, token = programs.admit(*model, new, self._end_ids, span=span)
-        return start + count, token
+        span = self._span(max(known.values()) + width)
+        self._device, tokens = programs.admit_all(*model, new, self._end_ids, span=span)
+        tokens = np.asarray(tokens)
+        return [tokens[row] for row in known]
 
     def _adapter_number(self, name: str | None) -> int:
         return 0 if name is None else 1 + self.adapters.index(name)

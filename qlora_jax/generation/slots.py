@@ -1,4 +1,4 @@
-"""The two compiled programs of the engine: reading a prompt into a slot, and decoding all slots.
+"""The compiled programs of the engine: reading prompts into slots, and decoding all slots.
 
 A slot is a row of the key-value cache with the state of the reply that is written in it. Prompts
 have different lengths and slots begin and end at different times, so every row has its own length
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from qlora_jax.generation.adapters import merge_for_rows
 from qlora_jax.models.kv_cache import KVCache
-from qlora_jax.sampling import Sampling, penalize_repetition, sample_tokens
+from qlora_jax.sampling import Sampling, greedy_tokens, penalize_repetition, sample_tokens
 
 # What stands in a chunk where a row chose no token.
 NO_TOKEN = -1
@@ -76,13 +76,13 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """A prompt and the slot it goes to; all arrays.
+    """A prompt and the slot it goes to; all arrays. For `admit_all` with an axis of all slots.
 
     Attributes:
       row: number of the slot.
       tokens: what is read now, padded on the right.
       start: tokens of the prompt before these, which are in the cache.
-      count: how many of `tokens` count, at least 1.
+      count: how many of `tokens` count, at least 1; 0 where `admit_all` leaves a slot alone.
       seen: the tokens of the whole prompt.
       left: how long the reply may be, in tokens.
       seed: of its random choices.
@@ -107,7 +107,7 @@ def choose_tokens(
     """The next token of every row, and what it has seen with it."""
     logits = penalize_repetition(logits, slots.seen, slots.sampling)
     if greedy:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = greedy_tokens(logits)
     else:
         keys = jax.vmap(jax.random.fold_in)(slots.key, slots.step)
         token = sample_tokens(logits, keys, slots.sampling)
@@ -189,6 +189,64 @@ def admit(
         seen=put(slots.seen, seen),
         sampling=jax.tree.map(put, slots.sampling, new.sampling),
         adapter=put(slots.adapter, new.adapter),
+    )
+    return slots, token
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "span"), donate_argnames=("slots",))
+def admit_all(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    slots: Slots,
+    new: Admission,
+    end_ids: Int[Array, " E"],
+    *,
+    span: int,
+) -> tuple[Slots, Int[Array, " B"]]:
+    """`admit` for several slots in one pass of the model, in which the others have no part.
+
+    Args:
+      graphdef: of the model.
+      state: of the model.
+      slots: given away.
+      new: a prompt for every slot.
+      end_ids: tokens that end a reply.
+      span: slots of the cache that attention looks at.
+
+    Returns:
+      The slots, and the first token of each reply.
+    """
+    old, admitted = slots.cache.length, new.count > 0
+
+    def choose(of_new: Array, of_old: Array) -> Array:
+        here = admitted.reshape(-1, *[1] * (of_old.ndim - 1))
+        return jnp.where(here, of_new, of_old)
+
+    adapter = choose(new.adapter, slots.adapter)
+    model = merge_for_rows(graphdef, state, adapter)
+    # What is written for the others lies behind what they have read, where nothing looks.
+    cache = dataclasses.replace(slots.cache, length=choose(new.start, old), span=span)
+    hidden, cache = model.hidden_states(new.tokens, cache=cache)
+    last = jnp.maximum(new.count - 1, 0)[:, None, None]
+    logits = model.head(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    slots = dataclasses.replace(
+        slots,
+        step=choose(0, slots.step),
+        key=choose(jax.vmap(jax.random.key)(new.seed), slots.key),
+        seen=choose(new.seen, slots.seen),
+        sampling=jax.tree.map(choose, new.sampling, slots.sampling),
+        adapter=adapter,
+    )
+    token, seen = choose_tokens(logits, slots, slots.seen.shape[1], greedy=False)
+    length = choose(new.start + new.count, old)
+    slots = dataclasses.replace(
+        slots,
+        cache=dataclasses.replace(cache, length=length, span=None),
+        token=choose(token, slots.token),
+        active=choose((new.left > 1) & ~jnp.isin(token, end_ids), slots.active),
+        left=choose(new.left - 1, slots.left),
+        step=slots.step + admitted,
+        seen=choose(seen, slots.seen),
     )
     return slots, token
 
