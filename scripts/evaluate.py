@@ -8,6 +8,7 @@ r"""Evaluates a model, or makes a tournament of systems from judges' verdicts.
     python scripts/evaluate.py --suite=judge --answers=a.jsonl --answers=b.jsonl \
         --endpoint=https://api.openai.com/v1 --judge=gpt-4o --out=verdicts
     python scripts/evaluate.py --suite=datatypes --model=models/llama --data=book.txt --out=report
+    python scripts/evaluate.py --suite=finetuning --config=configs/smollm2_135m.py --out=report
     python scripts/evaluate.py --suite=elo --ratings=ratings/ --out=report
     python scripts/evaluate.py --suite=agreement --ratings=votes.jsonl --ratings=gpt/ --out=report
 
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Mapping
 
 import evaluate_chat
 import evaluate_datatypes
+import evaluate_finetuning
 import evaluate_judge
 from absl import flags
 from rich.console import Console
@@ -33,8 +35,8 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.evaluation import agreement, elo_report, read_ratings, suites
 
 _SUITES = [
-    "mmlu", "perplexity", "crows_pairs", "lm_eval", "datatypes", "chat", "judge", "elo",
-    "agreement",
+    "mmlu", "perplexity", "crows_pairs", "lm_eval", "datatypes", "finetuning", "chat", "judge",
+    "elo", "agreement",
 ]  # fmt: skip
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "what to evaluate", required=True)
 _OUT = flags.DEFINE_string("out", None, "the folder that gets the report", required=True)
@@ -70,6 +72,9 @@ def main() -> None:
         return
     if _SUITE.value == "judge":
         evaluate_judge.run(_OUT.value, _DATA.value)
+        return
+    if _SUITE.value == "finetuning":
+        evaluate_finetuning.run(pathlib.Path(_OUT.value).expanduser())
         return
     if _SUITE.value == "datatypes":
         evaluate_datatypes.main(

@@ -66,6 +66,9 @@ def _vocabulary_product_backward(residuals, g):
     g = g.astype(hidden.dtype)
     d_hidden = jnp.einsum("...v,dv->...d", g, kernel.astype(hidden.dtype))
     d_kernel = jnp.einsum("...d,...v->dv", hidden, g, preferred_element_type=jnp.float32)
+    # A tied embedding transposes this. XLA would take that into the product, which it then cannot
+    # compute on a CPU (bfloat16 factors, a float32 result).
+    d_kernel = jax.lax.optimization_barrier(d_kernel)
     return d_hidden, d_kernel.astype(kernel.dtype)
 
 
