@@ -112,6 +112,7 @@ def test_what_is_no_question_is_refused(tmp_path, records, message):
     [
         ([{"text": "a"}], "a.jsonl:1: not an answer"),
         ([{"text": "a", "generation": 3}], "not an answer"),
+        ([{"text": "a", "generation": "x", "question_id": [1]}], "a text or a number"),
         ([{"answer_id": "x", "text": "the answer"}], "without its question"),
         ([{"turns": ["a", "b"], "generation": "x"}], "1 replies to the 2 turns"),
         ([{"text": "a", "generation": "x"}] * 2, "a has answered question a before"),
@@ -132,6 +133,14 @@ def test_fastchats_answers_need_the_questions(tmp_path):
     path = write(tmp_path / "b.jsonl", [{**record, "question_id": 2}])
     with pytest.raises(DataError, match="no answer to these questions"):
         read_answers(path, questions)
+
+
+def test_the_authors_judges_saw_what_was_left_of_an_answer(tmp_path):
+    record = {"text": "q", "generation": "a ### Human: b", "generation_truncated": "a"}
+    (answer,) = read_answers(write(tmp_path / "a.jsonl", [record]))
+    assert answer.replies == ("a",)
+    paths = [f"{name}={tmp_path / 'a.jsonl'}" for name in "xy"]
+    assert read_stored(paths)[0].answers == {"x": "a", "y": "a"}
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +179,10 @@ def test_a_benchmark_goes_on_and_names_what_is_too_long(loaded, tmp_path):
     assert (result.answers, result.too_long) == (3, ("3", "4"))
     written = result.path.read_text()
     records = [json.loads(line) for line in written.splitlines()]
-    assert [one["question_id"] for one in records] == ["1", "2", "5"]
-    assert set(result.cut) == {r["question_id"] for r in records if "length" in r["finish_reason"]}
+    assert [one["question_id"] for one in records] == [1, 2, 5]  # numbers, as they were
+    assert list(result.cut) == [
+        str(one["question_id"]) for one in records if "length" in one["finish_reason"]
+    ]
     assert result.tokens >= sum(sum(one["tokens"]) for one in records)
     # The same file for judges, and for the game.
     answers = read_answers(str(result.path))

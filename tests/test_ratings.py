@@ -43,6 +43,12 @@ def test_verdicts_of_the_authors(tmp_path):
     assert matches(ratings) == [(*pair, 1.0), (*pair, 0.0), (*pair, 0.5)]
 
 
+def test_names_as_the_authors_script_writes_them(tmp_path):
+    write(tmp_path / "a_b_vs_c-d_gpt-4_reviewer_threeclass.jsonl", [{"score": 1}])
+    ratings = read_ratings(tmp_path)
+    assert matches(ratings) == [("a_b", "c-d", 1.0)] and ratings.judge == ["gpt-4"]
+
+
 def test_ids_of_answers_overrule_the_name_of_a_file(tmp_path):
     """The answer "c" is in both files: it is ChatGPT's, so the second file is reversed."""
     plain = {"question_id": 1, "answer1_id": "b", "answer2_id": "c", "score": [9, 0]}

@@ -197,7 +197,7 @@ def _record(
     texts = [reply.text for reply in replies]
     several = len(texts) > 1
     return {
-        "question_id": question.question_id,
+        "question_id": question.question_id if question.written_id is None else question.written_id,
         "text": question.text,
         "category": question.category,
         **({"turns": question.turns, "generations": texts} if several else {}),

@@ -202,8 +202,8 @@ class JudgeClient:
                         f"{self._endpoint.url} asks to wait for {least:.0f} s ({fault})"
                     ) from None
                 self._on_retry(str(fault))
-            # Equal jitter: from half the pause to all of it.
-            await self._sleep(max(least, pause * random.uniform(0.5, 1)))
+            # Behind what the server asks for, too: all clients were told the same.
+            await self._sleep(least + pause * random.uniform(0.5, 1))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         raise AssertionError("at least one attempt is made")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -56,7 +57,7 @@ class Comparison:
     turn: int
     body: Mapping[str, Any]
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """A hash of the request; equal requests have one reply."""
         text = json.dumps(self.body, sort_keys=True)

@@ -11,8 +11,9 @@ answer to the last one is asked for. The same can be written as `messages`. `que
 are read as `text` is; without ids, questions are numbered.
 
 An answer is a record of the question with `generation` (one turn) or `generations` beside it, and
-belongs to its `model`. The authors' files of generations have this form, too. FastChat's answers do
-not repeat the question, which is then looked up by its id.
+belongs to its `model`. The authors' files of generations have this form, too (their
+`generation_truncated` is what their judges saw, and is taken before `generation`). FastChat's
+answers do not repeat the question, which is then looked up by its id.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Question:
         turns: what the user says, one after another; at least one.
         history: messages before the first turn.
         category: empty where unknown.
+        written_id: the id as the file has it, if that is a number.
     """
 
     question_id: str
@@ -56,6 +58,7 @@ class Question:
     turns: tuple[str, ...]
     history: tuple[Mapping[str, str], ...] = ()
     category: str = ""
+    written_id: int | None = dataclasses.field(default=None, compare=False)
 
     def shown(self, turn: int) -> str:
         """What a judge sees of the question in one of its turns, from 0.
@@ -146,7 +149,10 @@ def _records(spec: str | pathlib.Path, need: str) -> Iterator[tuple[str, dict[st
 
 
 def _question(record: Mapping[str, Any], number: str, where: str) -> Question:
-    question_id = str(record.get("question_id", number))
+    question_id = record.get("question_id", number)
+    if not isinstance(question_id, str | int):
+        raise DataError(f"{where}: question_id must be a text or a number, got {question_id!r}")
+    written_id = question_id if isinstance(question_id, int) else None
     category = record.get("category")
     category = category if isinstance(category, str) else ""
     history: Sequence[Mapping[str, str]] = ()
@@ -164,7 +170,7 @@ def _question(record: Mapping[str, Any], number: str, where: str) -> Question:
         history, turns = _split_marked(text) if isinstance(text, str) else ((), [text])
     if not _are_texts(turns):
         raise DataError(f"{where}: not a question; {_NEED_QUESTION}")
-    return Question(question_id, text, tuple(turns), tuple(history), category)
+    return Question(str(question_id), text, tuple(turns), tuple(history), category, written_id)
 
 
 def _are_texts(value: Any) -> bool:
@@ -271,9 +277,11 @@ def _split_name(spec: str) -> tuple[str, str]:
 def _take_replies(record: dict[str, Any]) -> list[str] | None:
     """Takes the replies out of a record, so that what is left is the question, if it is there."""
     replies = record.pop("generations", None)
-    single = record.pop("generation", record.pop("answer", None))
-    if replies is None and single is not None:
-        replies = [single]
+    names = ("answer", "generation", "generation_truncated")
+    # The authors' judges saw what was left when the turns that a model made up were taken off.
+    single = [record.pop(name) for name in names if name in record][-1:]
+    if replies is None and single:
+        replies = single
     if replies is None and "answer_id" in record:
         choices = record.pop("choices", None)
         try:

@@ -4,7 +4,7 @@ Two kinds of records are read, and told apart by their fields:
 
 - of the QLoRA authors: `score` is 1, 2 or 3 (equivalent), or a pair of points; -1 is unparsed, and
   dropped. The systems and the judge stand in the file's name,
-  `<system>-vs-<system>-<judge>-reviewer[-threeclass].jsonl`;
+  `<system>-vs-<system>-<judge>-reviewer[-threeclass].jsonl`, or the same with `_` between;
 - of Chatbot Arena: `model_a`, `model_b`, `winner` (`model_a`, `model_b`, or begins with `tie`),
   and, where known, `judge`, `question_id`, `turn` of the question, and `points` of both. To use
   ratings of your own, write these.
@@ -29,7 +29,9 @@ from jaxtyping import Float, Int
 from qlora_jax.errors import DataError
 from qlora_jax.files import resolve_path
 
-_NAME = re.compile(r"(?P<first>.+?)-vs-(?P<second>.+?)-(?P<judge>gpt-?4|[^-]+)-reviewer")
+_NAME = re.compile(
+    r"(?P<first>.+?)[-_]vs[-_](?P<second>.+?)[-_](?P<judge>gpt-?4|[^-_]+)[-_]reviewer"
+)
 _OWN = re.compile(r"(\d+b)-(.+)-(?:vicuna|oa)-generations.*")
 # Names of the same system in the authors' pairwise and relative files.
 _SYSTEMS = {

@@ -6,7 +6,7 @@ A file is JSON Lines in the form of the QLoRA authors' generations,
 
 and belongs to one system, whose name is given with it; else it is the record's `model`, so that one
 file can hold several systems, or the file's own name. `question` and `answer` are read as `text`
-and `generation` are.
+and `generation` are; the authors' `generation_truncated`, which their judges saw, comes before it.
 """
 
 import dataclasses
@@ -82,7 +82,8 @@ def _add(
     try:
         record = json.loads(line)
         question = record.get("question", record.get("text"))
-        answer = record.get("answer", record.get("generation"))
+        generation = record.get("generation_truncated", record.get("generation"))
+        answer = record.get("answer", generation)
         system = name or record.get("model", file.stem)
         question_id = str(record.get("question_id", question))
     except (ValueError, AttributeError):
