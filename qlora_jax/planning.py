@@ -169,7 +169,6 @@ def _plan(config: config_dict.ConfigDict, fit: fitting.Fit, target: GpuTarget, b
     host = {"optimizer state": moments["pinned_host"]}
     host["activations"] = fit.host_bytes - sum(host.values())
     flops, traffic = _work(config, run, size, target)
-    peak_flops = _TENSOR_FLOPS[target.name] * target.core_count * target.clock_ghz * 1e9
     # In both directions at a time, with next to nothing to compute meanwhile.
     paging = moments["pinned_host"] / _HOST_LINK[target.name]
     fits = "fits with paging" if moments["pinned_host"] else "fits"
@@ -183,9 +182,14 @@ def _plan(config: config_dict.ConfigDict, fit: fitting.Fit, target: GpuTarget, b
         host_parts=host,
         flops=flops,
         traffic_bytes=traffic,
-        seconds=flops / peak_flops + traffic / target.memory_bandwidth + paging,
+        seconds=flops / tensor_flops(target) + traffic / target.memory_bandwidth + paging,
         paging_seconds=paging,
     )
+
+
+def tensor_flops(target: GpuTarget) -> float:
+    """Floating-point operations a second of products of 16-bit matrices, at most."""
+    return _TENSOR_FLOPS[target.name] * target.core_count * target.clock_ghz * 1e9
 
 
 def _work(

@@ -4,6 +4,7 @@
     python scripts/plan.py --config=configs/guanaco_7b.py --device=all --json
     python scripts/plan.py --config=configs/guanaco_7b.py --batch_size=1,2,4 --max_len=512,2048
     python scripts/plan.py --config=configs/guanaco_7b.py --mode=generate --batch_size=8
+    python scripts/plan.py --config=configs/guanaco_65b.py --mode=evaluate --device=a6000
 
 The training step of the configuration is compiled for each device, and the compiler's own memory
 plan is printed. The time is a roofline, the least that arithmetic and memory traffic take: an
@@ -13,8 +14,12 @@ With --mode=generate it is the memory of serving the model and an adapter with
 `qlora_jax.generation.Engine`: --batch_size are its slots, --max_len the tokens of prompt and reply
 together in each; and the longest context that fits is looked for.
 
-Without that, or with --estimate, memory is added up from shapes in a second: an estimate, and
-labelled as one. docs/performance.md says how far off it is.
+With --mode=evaluate it is the memory of scoring MMLU behind five solved questions with
+`scripts/evaluate.py --suite=mmlu`, in batches of --batch_tokens; the largest batch that fits; and
+how long the 14,042 test questions take, as a range and an estimate.
+
+Without JAX's CUDA plugin, or with --estimate, memory is added up from shapes in a second: an
+estimate, and labelled as one. docs/performance.md says how far off it is.
 
 Exit code 0: it fits on every device, in every batch size and length that was asked for. 3: in
 one of them it does not.
@@ -36,6 +41,7 @@ from rich.table import Table
 from qlora_jax import command_line, estimating, planning, targets
 from qlora_jax.errors import ConfigError
 from qlora_jax.estimating import Estimate
+from qlora_jax.evaluation_plan import EvaluationPlan, plan_evaluation
 from qlora_jax.planning import Plan
 from qlora_jax.report import format_bytes
 from qlora_jax.serving_plan import ServingPlan, plan_serving
@@ -47,7 +53,10 @@ _DEVICE = flags.DEFINE_list("device", ["h100"], f"all, or some of {', '.join(TAR
 _BATCH_SIZE = flags.DEFINE_list("batch_size", [], "several, instead of config.train.batch_size")
 _MAX_LEN = flags.DEFINE_list("max_len", [], "several, instead of config.data.max_len")
 _ESTIMATE = flags.DEFINE_bool("estimate", False, "do not compile: estimate from shapes")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "generate"], "what is planned")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "generate", "evaluate"], "what is planned")
+_BATCH_TOKENS = flags.DEFINE_list(
+    "batch_tokens", ["4096"], "with --mode=evaluate: tokens of a batch, several"
+)
 _KV_DTYPE = flags.DEFINE_enum(
     "kv_dtype", "auto", ["auto", "int8"], "with --mode=generate: of keys and values"
 )
@@ -72,6 +81,13 @@ def main() -> None:
         plans = list(_plan_serving(config, names, batch_sizes, lengths, console))
         if not _JSON.value:
             _print_serving(console, plans)
+        if not all(plan.fits for plan in plans):
+            sys.exit(_DOES_NOT_FIT)
+        return
+    if _MODE.value == "evaluate":
+        plans = list(_plan_evaluation(config, names, _numbers(_BATCH_TOKENS), console))
+        if not _JSON.value:
+            _print_evaluation(console, plans)
         if not all(plan.fits for plan in plans):
             sys.exit(_DOES_NOT_FIT)
         return
@@ -138,6 +154,50 @@ def _print_serving(console: Console, plans: list[ServingPlan]) -> None:
             f"{plan.longest_context:,}" if plan.longest_context else "none",
         )
     console.print(table)
+
+
+def _plan_evaluation(
+    config: ConfigDict, names: list[str], batches: list[int], console: Console
+) -> Iterator[EvaluationPlan]:
+    if _ESTIMATE.value:
+        raise ConfigError("--estimate: scoring is not estimated; leave it out to compile")
+    for name, tokens in itertools.product(names, batches):
+        with console.status(f"compiling batches of {tokens} tokens for {name} …"):
+            plan = plan_evaluation(config, name, batch_tokens=tokens)
+        if _JSON.value:
+            described = {"mode": "evaluate", "verdict": plan.verdict}
+            print(json.dumps(described | dataclasses.asdict(plan)), flush=True)
+        yield plan
+
+
+def _print_evaluation(console: Console, plans: list[EvaluationPlan]) -> None:
+    table = Table(box=box.SIMPLE, title="MMLU, five shots, compiled", title_justify="left")
+    table.add_column("device")
+    for column in ("batch", "peak", "budget"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for column in ("largest batch", "minutes"):
+        table.add_column(column, justify="right")
+    for plan in plans:
+        least, most = (seconds / 60 for seconds in plan.seconds)
+        table.add_row(
+            plan.device,
+            f"{plan.batch_tokens:,}",
+            format_bytes(plan.peak_bytes),
+            format_bytes(plan.budget_bytes),
+            plan.verdict,
+            f"{plan.most_batch_tokens:,}" if plan.most_batch_tokens else "none",
+            f"{least:.1f} to {most:.1f}",
+        )
+    console.print(table)
+    solved = format_bytes(plans[0].parts["keys and values of solved questions"])
+    lines = (
+        f"of the peak, {solved} are keys and values of solved questions of "
+        f"{plans[0].longest_prompt:,} tokens",
+        "minutes: 14,042 questions, the roofline and three times that; an estimate, nothing timed",
+    )
+    for line in lines:
+        console.print(f"  {line}", soft_wrap=True)
 
 
 def _numbers(flag: flags.FlagHolder) -> list[int]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 # A row that is not full of one long prompt.
-_WIDTH = 512
+ROW_WIDTH = 512
 # A row has at most one prompt for so many tokens, so that the number of places whose logits are
 # computed follows from the shape.
 _SHORTEST = 32
@@ -98,7 +98,7 @@ def row_width(length: int, batch_tokens: int, limit: int) -> int:
     >>> [row_width(n, 4096, 2048) for n in (100, 513, 2048)], row_width(100, 64, 2048)
     ([512, 1024, 2048], 128)
     """
-    width = max(_SHORTEST, min(_WIDTH, batch_tokens))
+    width = max(_SHORTEST, min(ROW_WIDTH, batch_tokens))
     while width < length:
         width *= 2
     return min(width, limit)

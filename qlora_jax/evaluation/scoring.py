@@ -178,7 +178,7 @@ class Scorer:
         prefix = self._read_prefix(prompts[0][:shared]) if shared else None
         rest = [prompt[shared:] for prompt in prompts]
         for batch in pack([len(part) for part in rest], self.batch_tokens, self._limit):
-            logprobs = _score_next(*self._model, lay_out(rest, batch, shared), ids, prefix)
+            logprobs = score_next(*self._model, lay_out(rest, batch, shared), ids, prefix)
             found[batch.prompts] = np.asarray(logprobs)[: len(batch.prompts)]
             progress(len(batch.prompts))
         return found
@@ -197,7 +197,7 @@ class Scorer:
         width = prefix_length(len(ids))
         tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(ids)] = ids
-        return _read_prefix(*self._model, tokens, len(ids))
+        return read_prefix(*self._model, tokens, len(ids))
 
     def _check_length(self, i: int, length: int) -> None:
         if length > self.max_len:
@@ -317,7 +317,7 @@ def _score_tokens(
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _read_prefix(graphdef, state, tokens: Int[Array, "1 P"], length) -> KVCache:
+def read_prefix(graphdef, state, tokens: Int[Array, "1 P"], length) -> KVCache:
     """Keys and values of what all prompts begin with, padded on the right."""
     model = nnx.merge(graphdef, state)
     slots = jnp.arange(tokens.shape[1])[None]
@@ -331,7 +331,7 @@ def _read_prefix(graphdef, state, tokens: Int[Array, "1 P"], length) -> KVCache:
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _score_next(
+def score_next(
     graphdef, state, layout: Layout, candidates: Int[Array, " K"], prefix: KVCache | None
 ) -> Float[Array, "N K"]:
     """The log-probabilities of the candidates behind each place of a layout."""
