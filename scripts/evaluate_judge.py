@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from qlora_jax.errors import ConfigError
-from qlora_jax.evaluation import judge_client, judge_prompts, judges
+from qlora_jax.evaluation import comparisons, judge_client, judge_prompts, judges
 from qlora_jax.evaluation.questions import read_answers, read_questions
 
 _ANSWERS = flags.DEFINE_multi_string(
@@ -56,7 +56,7 @@ def run(out: str, data: str | None) -> None:
         raise ConfigError("give both --price_in and --price_out, or none of them")
     prices = None
     if _PRICE_IN.value is not None:
-        prices = judges.Prices(_PRICE_IN.value, _PRICE_OUT.value)
+        prices = comparisons.Prices(_PRICE_IN.value, _PRICE_OUT.value)
     if _MAX_COST.value is not None and prices is None:
         raise ConfigError("--max_cost needs --price_in and --price_out")
     endpoint = judge_client.read_endpoint(
@@ -66,20 +66,20 @@ def run(out: str, data: str | None) -> None:
         timeout_s=_TIMEOUT_S.value,
     )
     questions = read_questions(data) if data else ()
-    comparisons = judges.pair_up(
+    pairs = comparisons.pair_up(
         (answer for spec in _ANSWERS.value for answer in read_answers(spec, questions)),
         _prompts(),
         _JUDGE.value,
-        settings=judges.SETTINGS | _settings(),
+        settings=comparisons.SETTINGS | _settings(),
         baseline=_BASELINE.value,
         both_orders=_BOTH_ORDERS.value,
     )
     folder = pathlib.Path(out).expanduser()
-    expected = judges.estimate(comparisons, judges.known_replies(folder), prices)
+    expected = comparisons.estimate(pairs, judges.known_replies(folder), prices)
     print(
         f"{expected.verdicts:,} verdicts, {expected.calls:,} calls: about "
         f"{expected.prompt_tokens:,} tokens of prompts (4 bytes a token) and "
-        f"{expected.reply_tokens:,} of replies (at most {judges.TOKENS_A_REPLY} a reply)"
+        f"{expected.reply_tokens:,} of replies (at most {comparisons.TOKENS_A_REPLY} a reply)"
         + (f", ${expected.cost:.2f}" if prices else ""),
         flush=True,
     )
@@ -91,7 +91,7 @@ def run(out: str, data: str | None) -> None:
             "asked"
         )
     result = judges.run_judge(
-        comparisons,
+        pairs,
         endpoint,
         folder,
         form=_FORM.value,

@@ -15,7 +15,7 @@ from stub_judge import completion, failure, judging
 from test_judge_client import KEY
 
 from qlora_jax.errors import ConfigError, DataError, EvaluationError
-from qlora_jax.evaluation import judge_client, judges, read_ratings
+from qlora_jax.evaluation import comparisons, judge_client, judges, read_ratings
 from qlora_jax.evaluation.judge_client import Endpoint
 from qlora_jax.evaluation.judge_prompts import own_prompts, read_prompts
 from qlora_jax.evaluation.questions import Answer, Question
@@ -48,8 +48,8 @@ def likes(system):
 
 
 def judge(url, out, given=None, form="threeclass", **options):
-    comparisons = judges.pair_up(given or answers(), own_prompts(form), "m")
-    return judges.run_judge(comparisons, Endpoint(url), out, form=form, **options)
+    pairs = comparisons.pair_up(given or answers(), own_prompts(form), "m")
+    return judges.run_judge(pairs, Endpoint(url), out, form=form, **options)
 
 
 def test_both_orders_are_asked_and_read_as_ratings(tmp_path):
@@ -84,8 +84,8 @@ def test_a_rerun_is_free_and_a_new_system_costs_only_its_own_pairs(tmp_path):
         more = judge(stub.url, tmp_path, answers("abc"))
         assert more.calls == 12 and all("c" in shown(body) for body in stub.bodies)
         assert len(read_ratings(more.path).score) == 18
-        comparisons = judges.pair_up(answers(), own_prompts("threeclass"), "another judge")
-        other = judges.run_judge(comparisons, Endpoint(stub.url), tmp_path, form="threeclass")
+        pairs = comparisons.pair_up(answers(), own_prompts("threeclass"), "another judge")
+        other = judges.run_judge(pairs, Endpoint(stub.url), tmp_path, form="threeclass")
         assert other.calls == 6
 
 
@@ -116,10 +116,10 @@ def test_points_are_read_and_compared_with_a_baseline(tmp_path):
         return completion(" ".join(f"{points[s]:g}" for s in shown(body)) + "\nReasons.")
 
     with judging(rate) as stub:
-        comparisons = judges.pair_up(
+        pairs = comparisons.pair_up(
             answers("abc"), own_prompts("relative"), "m", baseline="a", settings={"max_tokens": 9}
         )
-        result = judges.run_judge(comparisons, Endpoint(stub.url), tmp_path, form="relative")
+        result = judges.run_judge(pairs, Endpoint(stub.url), tmp_path, form="relative")
     assert stub.bodies[0].keys() == {"model", "messages", "max_tokens"}
     ratings = read_ratings(result.path)
     assert result.verdicts == 12 and set(ratings.score) == {0, 0.5, 1}
@@ -144,7 +144,7 @@ def test_categories_have_prompts_of_their_own():
     def system_of(category, own):
         question = Question("1", "q", ("q",), category=category)
         pair = [Answer(question, s, (s,)) for s in "ab"]
-        return judges.pair_up(pair, own, "m")[0].body["messages"][-1]["content"]
+        return comparisons.pair_up(pair, own, "m")[0].body["messages"][-1]["content"]
 
     for form in ("threeclass", "relative"):
         own = own_prompts(form)
@@ -215,12 +215,12 @@ def test_prompts_that_are_refused(tmp_path, record, message):
 )
 def test_answers_that_cannot_be_compared(given, options, message):
     with pytest.raises((DataError, ConfigError), match=message):
-        judges.pair_up(given, own_prompts("threeclass"), "m", **options)
+        comparisons.pair_up(given, own_prompts("threeclass"), "m", **options)
 
 
 def test_one_order_alone_is_drawn_and_the_same_every_time():
     def orders():
-        found = judges.pair_up(
+        found = comparisons.pair_up(
             answers(questions=40), own_prompts("threeclass"), "m", both_orders=False
         )
         return [one.first.system for one in found]
@@ -256,24 +256,26 @@ def test_what_is_under_way_when_another_fails_is_kept(tmp_path):
 
 
 def test_costs_are_estimated_and_limited(tmp_path):
-    comparisons = judges.pair_up(answers(), own_prompts("threeclass"), "m")
-    prices = judges.Prices(10, 100)
-    expected = judges.estimate(comparisons, (), prices)
+    pairs = comparisons.pair_up(answers(), own_prompts("threeclass"), "m")
+    prices = comparisons.Prices(10, 100)
+    expected = comparisons.estimate(pairs, (), prices)
     assert (expected.verdicts, expected.calls, expected.reply_tokens) == (6, 6, 1800)
-    size = sum(len(m["content"]) for one in comparisons for m in one.body["messages"])
+    size = sum(len(m["content"]) for one in pairs for m in one.body["messages"])
     assert size / 4 <= expected.prompt_tokens <= size / 4 + 6
     assert expected.cost == pytest.approx((expected.prompt_tokens * 10 + 1800 * 100) / 1e6)
-    short = judges.pair_up(answers(), own_prompts("threeclass"), "m", settings={"max_tokens": 50})
-    assert judges.estimate(short, ()).reply_tokens == 300
+    short = comparisons.pair_up(
+        answers(), own_prompts("threeclass"), "m", settings={"max_tokens": 50}
+    )
+    assert comparisons.estimate(short, ()).reply_tokens == 300
     with judging(likes("a")) as stub:
         # A call is 100 and 10 tokens: 0.2 cents.
         with pytest.raises(EvaluationError, match=r"\$0.01 are spent.*3 of 6 replies are kept"):
             judge(stub.url, tmp_path, prices=prices, max_cost=0.0041, concurrency=1)
-        left = judges.estimate(comparisons, judges.known_replies(tmp_path), prices)
+        left = comparisons.estimate(pairs, judges.known_replies(tmp_path), prices)
         assert left.calls == 3
         result = judge(stub.url, tmp_path, prices=prices, max_cost=0.1)
     assert result.calls == 3 and result.cost == pytest.approx(0.006)
-    assert judges.estimate(comparisons, judges.known_replies(tmp_path)).calls == 0
+    assert comparisons.estimate(pairs, judges.known_replies(tmp_path)).calls == 0
 
 
 class OpinionatedEngine(FakeEngine):
@@ -287,8 +289,8 @@ class OpinionatedEngine(FakeEngine):
 
 def test_our_own_server_judges(tmp_path):
     with running(OpinionatedEngine(max_len=4000)) as (url, _):
-        comparisons = judges.pair_up(answers(), own_prompts("threeclass"), "tiny")
-        result = judges.run_judge(comparisons, Endpoint(f"{url}/v1"), tmp_path, form="threeclass")
+        pairs = comparisons.pair_up(answers(), own_prompts("threeclass"), "tiny")
+        result = judges.run_judge(pairs, Endpoint(f"{url}/v1"), tmp_path, form="threeclass")
     assert result.verdicts == 6 and result.reply_tokens == 24
     assert position_bias(read_ratings(result.path)).always_second == 1
 

@@ -3,7 +3,7 @@
 `scoring` asks a model for probabilities; `mmlu`, `crows_pairs` and `perplexity` are made of them,
 `suites` runs them whole, `lm_eval_model` brings the tasks of lm-eval. `datatypes` says what it
 costs to round weights, `datatypes_model` what it costs a model. `questions` reads chat benchmarks,
-`chat_answers` has a model answer them, `judges` asks a judge who answered better (in the words of
+`chat_answers` has a model answer them, `judges` asks a judge about `comparisons` (in the words of
 `judge_prompts`, through `judge_client`). `judging` reads the text that a judge wrote, `ratings` the
 files that hold verdicts, `elo` turns them into ratings of systems, `elo_report` into a page;
 `agreement` measures how far raters agree.
