@@ -75,14 +75,17 @@ def load_engine(
         )
     paths = named_paths(workdirs or adapters)
     if workdirs:
-        for path in paths.values():
-            _refuse_residual(path)
         bases = {name: _base_of(path) for name, path in paths.items()}
         _check_same(bases)
+        if len(paths) > 1:
+            for path in paths.values():
+                _refuse_residual(path)
         source = next(iter(bases.values()))["path"]
-        loaded = {name: load_trained(path) for name, path in paths.items()}
-        base, tokenizer = next(iter(loaded.values()))
-        adapted: dict[str, nnx.Module] = {name: one for name, (one, _) in loaded.items()}
+        (first, path), *others = paths.items()
+        base, tokenizer = load_trained(path)
+        adapted: dict[str, nnx.Module] = {first: base}
+        for name, path in others:
+            adapted[name] = _on_base(load_trained(path)[0], base)
     else:
         source = model
         dtype, _ = choose_compute_dtype("auto", jax.devices()[0])
@@ -176,14 +179,21 @@ def _base_of(workdir: str) -> dict[str, Any]:
     return load_config(file).model.to_dict()
 
 
+def _on_base(model: nnx.Module, base: nnx.Module) -> nnx.Module:
+    """The adapter of a model on the arrays of an equal base, so that its own can be freed."""
+    graphdef, adapter, _ = nnx.split(model, nnx.LoRAParam, ...)
+    _, _, shared = nnx.split(base, nnx.LoRAParam, ...)
+    return nnx.merge(graphdef, adapter, shared)
+
+
 def _refuse_residual(workdir: str) -> None:
-    """Without its adapter such a run's model is not the base, and the adapter fits no other."""
+    """Such a run has a base of its own, which no other adapter fits."""
     if (pathlib.Path(workdir).expanduser() / SUBTRACTED_FILE).exists():
         raise ConfigError(
-            f"{workdir} began with a part of the base in its adapter, so it cannot be compared "
-            "with the base as it is. Write the equivalent adapter, python scripts/export.py "
-            f"--workdir={workdir} --format=peft --out=adapter, and give --model=BASE "
-            "--adapter=adapter"
+            f"{workdir} began with a part of the base in its adapter, so its base is not that of "
+            "the other runs. Serve it alone; or write the equivalent adapter, python "
+            f"scripts/export.py --workdir={workdir} --format=peft --out=adapter, and give "
+            "--model=BASE --adapter=adapter"
         )
 
 

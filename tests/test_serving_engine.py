@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from running_server import client, running
@@ -89,6 +90,18 @@ def test_runs_of_different_bases_are_not_served_together(tmp_path):
         (tmp_path / name / "config.json").write_text(config_lib.to_json(config))
     with pytest.raises(ConfigError, match="runs a and b have different bases"):
         load_engine(workdirs=[str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+def test_the_adapters_of_several_runs_share_one_base(folders):
+    first, second = (load_adapter(load_model(str(folders[0]))[0], folders[1]) for _ in range(2))
+    noise = jax.tree.map(lambda a: a * 2, nnx.state(second, nnx.LoRAParam))
+    nnx.update(second, noise)
+    shared = chat_models._on_base(second, first)
+    arrays = {id(leaf) for leaf in jax.tree.leaves(nnx.state(first))}
+    own = [leaf for leaf in jax.tree.leaves(nnx.state(shared)) if id(leaf) not in arrays]
+    assert len(own) == len(jax.tree.leaves(nnx.state(second, nnx.LoRAParam)))
+    ids = jnp.arange(8)[None]
+    np.testing.assert_array_equal(shared(ids), second(ids))
 
 
 def test_compiled_programs_have_a_folder_for_each_kind_of_processor(tmp_path, monkeypatch):

@@ -11,7 +11,9 @@ from llama_models import GOLDEN
 from tiny_run import quiet_report, tiny_config, write_data, write_model
 
 import qlora_jax as ql
+from qlora_jax.chat_models import load_engine
 from qlora_jax.errors import CheckpointError, ConfigError
+from qlora_jax.generation.adapters import merge_for_rows
 from qlora_jax.loading import frozen_variables
 from qlora_jax.lora import lora_scaling
 from qlora_jax.subtraction import (
@@ -260,6 +262,13 @@ def test_a_run_with_pissa_goes_on_comes_back_and_goes_out(material, tmp_path, us
     assert exported.layers.mlp.up_proj.rank == 8
     far = np.abs(base(ids) - continued(ids)).mean()
     assert np.abs(exported(ids) - continued(ids)).mean() < 0.5 * far
+    # Served, a row without adapter has the base as it was, though the run's own is another.
+    engine, *_ = load_engine(workdirs=[str(tmp_path / "run")], slots=1, dense=False)
+    served = merge_for_rows(engine._graphdef, engine._state, jnp.array([0, 1]))(ids.repeat(2, 0))
+    assert np.abs(served[0] - base(ids)[0]).mean() < 0.5 * far
+    np.testing.assert_allclose(served[1], continued(ids)[0], rtol=0, atol=1e-4)
+    with pytest.raises(ConfigError, match="Serve it alone"):
+        load_engine(workdirs=[f"{name}={tmp_path / name}" for name in ("run", "whole")])
     (tmp_path / "run" / SUBTRACTED_FILE).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         ql.load_trained(tmp_path / "run")
