@@ -1,5 +1,6 @@
 """Answers in, verdicts out, by a judge on a real socket: orders, cache, interruptions, costs."""
 
+import asyncio
 import json
 import os
 import pathlib
@@ -68,6 +69,16 @@ def test_both_orders_are_asked_and_read_as_ratings(tmp_path):
     assert (bias.both_orders, bias.same) == (3, 1)
     summary = json.loads((tmp_path / "judge.json").read_text())
     assert summary["judge"] == "m" and summary["result"]["verdicts"] == 6
+
+
+def test_a_notebook_can_ask_too(tmp_path):
+    """Its cells run inside of an event loop."""
+
+    async def cell(url):
+        return judge(url, tmp_path, answers(questions=1))
+
+    with judging(likes("b")) as stub:
+        assert asyncio.run(cell(stub.url)).verdicts == 2
 
 
 def test_a_rerun_is_free_and_a_new_system_costs_only_its_own_pairs(tmp_path):

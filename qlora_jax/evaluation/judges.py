@@ -8,11 +8,12 @@ nothing, and a run that was stopped, or that is given one system more, asks only
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -118,7 +119,7 @@ def run_judge(
             spent["retries"] += 1
             bar.update(task, description=f"verdicts ({spent['retries']} retries: {reason[:60]})")
 
-        asyncio.run(_ask_all(endpoint, left, keep, tell, concurrency))
+        _wait_for(_ask_all(endpoint, left, keep, tell, concurrency))
         known = {key: JudgeReply(*record) for key, record in cache.records.items()} | refused
     records = [_record(one, known[one.key], form) for one in comparisons]
     path = out / "ratings.jsonl"
@@ -134,6 +135,17 @@ def run_judge(
     )
     _write_summary(out, comparisons, endpoint, form, result)
     return result
+
+
+def _wait_for(work: Coroutine[Any, Any, None]) -> None:
+    """Runs to the end, also in a notebook, whose thread has an event loop that is busy with us."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+    else:
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, work).result()
 
 
 def _counted(count: int | None, otherwise: int) -> int:
