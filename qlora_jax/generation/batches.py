@@ -1,4 +1,7 @@
-"""Text from a model: batched prompts of different lengths, a key-value cache, one compilation.
+"""Text from a model for a list of prompts: `generate` texts, `generate_ids` token ids.
+
+`generate` gives the prompts of a decoder to an `Engine`, a few at a time, and those of a T5 to
+`generate_ids`, which has the plainest mechanism there is and takes all prompts at once:
 
 Prompts are padded on the left to a power of two, so that the last token of every row is in the same
 place, and run through the model once (prefill). Then a compiled loop makes one token for every row
@@ -7,7 +10,7 @@ where an interrupt is noticed. Padded prompt, cache and chunk have sizes from a 
 buckets"), and everything else that changes from call to call is an argument of the compiled
 programs, so that a new prompt does not compile again.
 
-`model` is any NNX module with the interface of `qlora_jax.models.llama.Llama`, or a
+`model` is a `qlora_jax.models.llama.Llama` (for `generate_ids` any module with its interface), or a
 `qlora_jax.models.t5.T5`, with adapters or not. A T5 reads its prompts with the encoder and begins a
 target of its own; all else is the same. Dropout is off while generating, whatever mode the model is
 in, and the model is not changed.
@@ -27,6 +30,8 @@ from qlora_jax.data.chat_formats import cut_at_stop
 from qlora_jax.data.pairs import encode_source
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.generation.engine import Engine
+from qlora_jax.generation.requests import Request
 from qlora_jax.generation.slots import bucket
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.t5 import T5, T5Cache
@@ -35,6 +40,8 @@ from qlora_jax.sampling import Sampling, greedy_tokens, penalize_repetition, sam
 Prompt = str | Sequence[Mapping[str, str]]
 
 CHUNK = 32
+# Replies of `generate` that are written at the same time.
+_SLOTS = 8
 _SHORTEST_PROMPT_BUCKET = 16
 _SHORTEST_CACHE_BUCKET = 64
 
@@ -82,6 +89,44 @@ def generate(
         raise DataError("prompts must be a list of prompts; put this one into a list: [prompt].")
     has_encoder = isinstance(model, T5)
     prompt_ids = [encode_prompt(tokenizer, prompt, for_encoder=has_encoder) for prompt in prompts]
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    reply = _answer if has_encoder else _continue
+    texts = reply(model, tokenizer, prompt_ids, max_new_tokens, sampling, seed)
+    # Formats with stop strings set a space before the answer.
+    return [
+        text if isinstance(prompt, str) or not tokenizer.stop_strings else text.strip()
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+def _continue(model, tokenizer, prompt_ids, max_new_tokens, sampling, seed) -> list[str]:
+    """Replies of a decoder."""
+    limit = model.config.max_position_embeddings
+    sampling.validate()
+    _check_lengths(prompt_ids, max_new_tokens, limit)
+    if not prompt_ids:
+        return []
+    room = max(map(len, prompt_ids)) + max_new_tokens
+    engine = Engine(
+        model,
+        tokenizer,
+        slots=min(len(prompt_ids), _SLOTS),
+        max_len=min(bucket(room, _SHORTEST_CACHE_BUCKET), limit),
+        chunk=CHUNK,
+    )
+    adapter = next(iter(engine.adapters), None)
+    for i, ids in enumerate(prompt_ids):
+        own_seed = int(np.random.SeedSequence((seed % 2**32, i)).generate_state(1)[0])
+        engine.submit(Request(ids, max_new_tokens, sampling, own_seed, adapter=adapter))
+    texts = [""] * len(prompt_ids)
+    while engine.busy:
+        for delta in engine.step():
+            texts[delta.request_id] += delta.text
+    return texts
+
+
+def _answer(model, tokenizer, prompt_ids, max_new_tokens, sampling, seed) -> list[str]:
+    """Replies of a T5."""
     stops = tokenizer.stop_strings
 
     def is_over(ids: list[int]) -> bool:
@@ -93,14 +138,11 @@ def generate(
         prompt_ids,
         max_new_tokens=max_new_tokens,
         eos_token_ids=tokenizer.eos_token_ids,
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+        sampling=sampling,
         seed=seed,
         is_over=is_over if stops else None,
     )
-    return [
-        _cut(_decode_text(tokenizer, prompt, [] if has_encoder else before, after), prompt, stops)
-        for prompt, before, after in zip(prompts, prompt_ids, new_ids, strict=True)
-    ]
+    return [cut_at_stop(tokenizer.decode(ids), stops) for ids in new_ids]
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, *, for_encoder: bool = False) -> list[int]:
@@ -134,21 +176,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, *, for_encoder: bool = F
         raise DataError("the prompt is empty and the model has no BOS token: give some text.")
     begins_with_bos = ids[:1] == [bos]
     return [bos, *ids] if not ids or (tokenizer.add_bos_token and not begins_with_bos) else ids
-
-
-def _decode_text(tokenizer: Tokenizer, prompt: Prompt, before: list[int], after: list[int]) -> str:
-    """The reply's text; a text's continuation keeps a space that some tokenizers would drop."""
-    if isinstance(prompt, str):
-        start, whole = tokenizer.decode(before), tokenizer.decode([*before, *after])
-        if whole.startswith(start):
-            return whole[len(start) :]
-    return tokenizer.decode(after)
-
-
-def _cut(text: str, prompt: Prompt, stops: Sequence[str]) -> str:
-    """Ends a reply at a stop string; formats that have one set a space before the answer."""
-    text = cut_at_stop(text, stops)
-    return text if isinstance(prompt, str) or not stops else text.strip()
 
 
 def generate_ids(

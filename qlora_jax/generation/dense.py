@@ -13,7 +13,9 @@ and takes twice as long.
 """
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -230,12 +232,15 @@ def _decode(
     linear: QLoRALinear, dtype: jnp.dtype, *, transpose: bool = False
 ) -> Float[Array, "*L rows columns"]:
     """The kernel [*L, in, out], or transposed."""
+    return _decode_kernel(linear.matrix_kernel, linear.leading_shape, dtype, transpose)
 
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _decode_kernel(kernel: Any, leading_shape: tuple[int, ...], dtype: jnp.dtype, transpose: bool):
     def dense(kernel: QuantizedTensor | Array) -> Array:
         if isinstance(kernel, QuantizedTensor):
             kernel = dequantize(kernel, dtype).T
         kernel = kernel.astype(dtype)
         return kernel.T if transpose else kernel
 
-    decode = jax.jit(lambda kernel: map_layers(dense, linear.leading_shape, kernel))
-    return decode(linear.matrix_kernel)
+    return map_layers(dense, leading_shape, kernel)
