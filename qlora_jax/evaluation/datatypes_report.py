@@ -118,7 +118,7 @@ def write(
         out.mkdir(parents=True, exist_ok=True)
         _draw(out / "datatypes.png", costs, tokens)
         (out / "datatypes.md").write_text(_as_markdown(tables, notes))
-        (out / "datatypes.json").write_text(json.dumps(content, indent=1) + "\n")
+        (out / "datatypes.json").write_text(json.dumps(content) + "\n")
     except OSError as error:
         raise EvaluationError(f"{out} cannot be written: {error.strerror or error}") from error
     return tables
@@ -231,11 +231,16 @@ def _draw_source(axes: Axes, source: str, costs: Sequence[Cost], tokens: Sequenc
                 [cost.bits for cost in line], list(map(height, line)), marker="o", label=name,
                 markersize=4, linestyle="--" if datatype.double_quant else "-",
             )  # fmt: skip
+    axes.set(title=source, xlabel="bits per weight of the linear layers")
     if costs[0].nats:
+        axes.set(ylabel="perplexity", title=source.rsplit("/", 1)[-1])
         axes.axhline(height(costs[0]), color="black", linewidth=1)
-        axes.annotate(SIXTEEN_BITS, (0.98, height(costs[0])), ("axes fraction", "data"), ha="right")
-    axes.set(title=source, xlabel="bits per weight of the linear layers", yscale="log")
-    axes.set_ylabel("perplexity" if costs[0].nats else "relative squared error")
+        axes.annotate(
+            SIXTEEN_BITS, (0.98, height(costs[0])), xycoords=("axes fraction", "data"),
+            ha="right", va="bottom",
+        )  # fmt: skip
+    else:
+        axes.set(ylabel="relative squared error", yscale="log")
     axes.grid(alpha=0.3, which="both")
 
 

@@ -111,7 +111,7 @@ def write(runs: Sequence[Run], out: pathlib.Path, *, settings: Mapping[str, Any]
     try:
         _draw(out / "finetuning.png", runs)
         (out / "finetuning.md").write_text(page)
-        (out / "finetuning.json").write_text(json.dumps(content, indent=1) + "\n")
+        (out / "finetuning.json").write_text(json.dumps(content) + "\n")
     except OSError as error:
         raise EvaluationError(f"{out} cannot be written: {error.strerror or error}") from error
     shown = Table(title="Fine-tuning", caption=text, caption_justify="left")
