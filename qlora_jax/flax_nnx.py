@@ -83,6 +83,29 @@ def linear_paths(model: nnx.Module, where: str | None = None) -> list[str]:
     return chosen
 
 
+def linear_layers(model: nnx.Module, where: str | None = None) -> dict[str, QLoRALinear]:
+    """The modules that `linear_paths` names, all with the interface of a `QLoRALinear`.
+
+    Args:
+        model: any NNX model, before or after the surgery, also an abstract one.
+        where: see `linear_paths`.
+
+    Returns:
+        By path; plain ones as views that share the model's variables.
+
+    Example:
+        >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+        >>> linear_layers(nnx.Sequential(linear))["layers/0"].out_features
+        8
+    """
+    paths = set(linear_paths(model, where))
+    return {
+        name: node if isinstance(node, QLoRALinear) else QLoRALinear.from_linear(node)
+        for path, node in nnx.iter_graph(model)
+        if (name := join_path(path)) in paths
+    }
+
+
 def quantize_model(
     model: nnx.Module,
     *,

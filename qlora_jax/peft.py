@@ -25,12 +25,11 @@ from flax import nnx
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.files import resolve_path
-from qlora_jax.flax_nnx import apply_qlora, linear_paths
+from qlora_jax.flax_nnx import apply_qlora, linear_layers
 from qlora_jax.lora import lora_scaling
 from qlora_jax.models.t5 import T5
 from qlora_jax.nnx_linear import QLoRALinear
 from qlora_jax.peft_layers import Layer, PeftStack, layers_of, peft_stacks
-from qlora_jax.tree import join_path
 from qlora_jax.weights.peft import open_adapter, read_adapter_tensor, tensor_names, write_adapter
 from qlora_jax.weights.peft_config import PeftConfig
 from qlora_jax.weights.safetensors_header import Entry
@@ -60,7 +59,7 @@ def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
       >>> model = load_adapter(model, "my-adapter")  # doctest: +SKIP
     """
     folder = resolve_path(str(path))
-    modules = _linears(model)
+    modules = linear_layers(model)
     if adapted := [place for place, linear in modules.items() if linear.rank]:
         raise ConfigError(
             f"the model has adapters already ({', '.join(adapted)}), and a second one cannot "
@@ -94,7 +93,7 @@ def load_adapter(model: nnx.Module, path: str | pathlib.Path) -> nnx.Module:
             quant_type=None,
             rngs=rngs,
         )
-    for place, linear in _linears(model).items():
+    for place, linear in linear_layers(model).items():
         if place in stacks:
             linear.lora_a = nnx.LoRAParam(jnp.asarray(stacks[place].a))
             linear.lora_b = nnx.LoRAParam(jnp.asarray(stacks[place].b))
@@ -133,7 +132,7 @@ def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str
       >>> save_adapter(model, "my-adapter", base_model="owner/name")  # doctest: +SKIP
     """
     folder = pathlib.Path(path).expanduser()
-    adapted = {place: linear for place, linear in _linears(model).items() if linear.rank}
+    adapted = {place: linear for place, linear in linear_layers(model).items() if linear.rank}
     if not adapted:
         raise ConfigError(
             "the model has no adapter, so there is nothing to write; give one that apply_qlora, "
@@ -154,16 +153,6 @@ def save_adapter(model: nnx.Module, path: str | pathlib.Path, *, base_model: str
                 values[name] = lambda array=array, index=index: np.asarray(array[index]).T
     write_adapter(folder, config, tensors, lambda name: values[name]())
     return folder
-
-
-def _linears(model: nnx.Module) -> dict[str, QLoRALinear]:
-    """The linear layers by path; those without an adapter may be views of the model's own."""
-    paths = set(linear_paths(model))
-    return {
-        name: node if isinstance(node, QLoRALinear) else QLoRALinear.from_linear(node)
-        for path, node in nnx.iter_graph(model)
-        if (name := join_path(path)) in paths
-    }
 
 
 class _Stack(NamedTuple):
@@ -269,7 +258,7 @@ def _t5_targets(
             "layers of one name (q, wo, ...) differ in rank or alpha between encoder, decoder and "
             "cross-attention, which cannot be written; give them the same."
         )
-    others = {place.rpartition("/")[2] for place in _linears(model) if place not in adapted}
+    others = {place.rpartition("/")[2] for place in linear_layers(model) if place not in adapted}
     if others.isdisjoint(names):
         return {}
     return {"target_modules": sorted(itertools.chain(*(stack.names for stack in stacks)))}

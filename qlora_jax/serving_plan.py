@@ -24,6 +24,7 @@ from qlora_jax.generation import slots as programs
 from qlora_jax.generation.adapters import serve_adapters
 from qlora_jax.generation.engine import LONGEST_PIECE
 from qlora_jax.memory_limits import CONTEXT_BYTES
+from qlora_jax.models.kv_cache import read_kv_dtype
 from qlora_jax.models.llama import Llama
 from qlora_jax.placement import tree_bytes
 from qlora_jax.report import measure
@@ -35,7 +36,6 @@ from qlora_jax.training.fitting import abstract_trained
 _CHUNK = 8
 # The longest context is looked for in steps of so many tokens.
 _STEP = 256
-_KV_DTYPES = {None: None, "int8": jnp.int8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +158,7 @@ class AbstractEngine:
         cls, config: config_dict.ConfigDict, target: GpuTarget, kv_dtype: str | None = None
     ) -> AbstractEngine:
         """The engine of a configuration's model with one adapter."""
-        if kv_dtype not in _KV_DTYPES:
-            raise ConfigError(f"kv_dtype must be None or 'int8', got {kv_dtype!r}")
+        read_kv_dtype(kv_dtype)
         model = abstract_trained(config, target.device)
         if not isinstance(model, Llama):
             raise ConfigError(
@@ -178,7 +177,7 @@ class AbstractEngine:
         """The state of the replies."""
 
         def make() -> programs.Slots:
-            dtype = _KV_DTYPES[self.kv_dtype]
+            dtype = read_kv_dtype(self.kv_dtype)
             cache = self.model.init_cache(batch, context, ragged=True, dtype=dtype)
             return programs.Slots.empty(cache, self.model.config.vocab_size)
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from qlora_jax.dora import adapted_norm
 from qlora_jax.errors import ConfigError
-from qlora_jax.flax_nnx import linear_paths, substitute
+from qlora_jax.flax_nnx import linear_layers, substitute
 from qlora_jax.lora import is_quantized, lora_scaling
 from qlora_jax.mixed import map_layers
 from qlora_jax.models.unscanned import UnscannedVariable
@@ -146,7 +146,7 @@ def serve_adapters(
         ConfigError: an adapter does not belong to this base.
     """
     model = nnx.merge(*nnx.split(model))
-    linears = _linears(model)
+    linears = linear_layers(model)
     own = {path: linear for path, linear in linears.items() if linear.rank}
     if adapters is None:
         adapters = {OWN: model} if own else {}
@@ -193,20 +193,10 @@ def merge_for_rows(
     return nnx.merge(graphdef, jax.tree.map(tell, state, is_leaf=is_variable))
 
 
-def _linears(model: nnx.Module) -> dict[str, QLoRALinear]:
-    """The linear layers by path; those that are plain as views of the model's own."""
-    paths = set(linear_paths(model))
-    return {
-        name: node if isinstance(node, QLoRALinear) else QLoRALinear.from_linear(node)
-        for path, node in nnx.iter_graph(model)
-        if (name := join_path(path)) in paths
-    }
-
-
 def _read_adapter(name: str, adapter: Any, base: nnx.Module, number: int) -> dict[str, _Part]:
     if not isinstance(adapter, nnx.Module):
         adapter = _with_state(name, adapter, base)
-    adapted = {path: linear for path, linear in _linears(adapter).items() if linear.rank}
+    adapted = {path: linear for path, linear in linear_layers(adapter).items() if linear.rank}
     if not adapted:
         raise ConfigError(f"adapter {name!r}: the model has none.")
     parts = {}

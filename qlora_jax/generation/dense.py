@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from qlora_jax.flax_nnx import is_head, linear_paths, substitute
+from qlora_jax.flax_nnx import linear_layers, substitute
 from qlora_jax.memory_limits import host_limits
 from qlora_jax.mixed import map_layers
 from qlora_jax.models.llama import Llama
@@ -166,7 +166,7 @@ class DenseHead(nnx.Module):
 
 def dense_bytes(model: Llama) -> int:
     """What a dense copy takes."""
-    config, linears = model.config, _linears(model)
+    config, linears = model.config, linear_layers(model, "all-linear")
     count = sum(
         math.prod(one.leading_shape) * one.in_features * one.out_features
         for one in linears.values()
@@ -188,7 +188,7 @@ def with_dense_copy(model: Llama, *, one_row: bool) -> Llama:
         model: without adapters, or of `adapters.serve_adapters`; it is changed.
         one_row: made for decoding one row at a time.
     """
-    dtype, linears = jnp.dtype(model.dtype), _linears(model)
+    dtype, linears = jnp.dtype(model.dtype), linear_layers(model, "all-linear")
     copies = {}
     for path, node in nnx.iter_graph(model):
         linear = linears.get(join_path(path))
@@ -201,16 +201,6 @@ def with_dense_copy(model: Llama, *, one_row: bool) -> Llama:
     if table is not None:
         model.lm_head = nnx.data(DenseHead(table.astype(dtype), one_row=one_row))
     return model
-
-
-def _linears(model: Llama) -> dict[str, QLoRALinear]:
-    """The linear layers by path, without head and adapters; plain ones as views."""
-    paths = set(linear_paths(model))
-    return {
-        name: node if isinstance(node, QLoRALinear) else QLoRALinear.from_linear(node)
-        for path, node in nnx.iter_graph(model)
-        if (name := join_path(path)) in paths and not is_head(path, node)
-    }
 
 
 def _is_dense(linear: QLoRALinear, dtype: jnp.dtype) -> bool:

@@ -32,6 +32,7 @@ from qlora_jax.generation.dense import fits_host, with_dense_copy
 from qlora_jax.generation.lookup import decode_guessing
 from qlora_jax.generation.requests import Delta, FinishReason, Request
 from qlora_jax.generation.text import GrowingText, common_prefix
+from qlora_jax.models.kv_cache import read_kv_dtype
 from qlora_jax.models.llama import Llama
 from qlora_jax.placement import tree_bytes
 
@@ -40,7 +41,6 @@ LONGEST_PIECE = 512
 _SHORTEST_PROMPT_BUCKET = 16
 _SHORTEST_SPAN = 64
 _LONGEST_DEFAULT = 4096
-_KV_DTYPES = {None: None, "int8": jnp.int8}
 
 
 @dataclasses.dataclass
@@ -136,8 +136,7 @@ class Engine:
             )
         if slots < 1 or chunk < 1 or lookup < 0:
             raise ConfigError(f"{slots=} and {chunk=} must be at least 1, {lookup=} at least 0")
-        if kv_dtype not in _KV_DTYPES:
-            raise ConfigError(f"kv_dtype must be None or 'int8', got {kv_dtype!r}")
+        cache_dtype = read_kv_dtype(kv_dtype)
         model, names = serve_adapters(model, adapters)
         model.eval()
         self.dense = fits_host(model) if dense is None else dense
@@ -150,7 +149,7 @@ class Engine:
         self.tokenizer, self._chunk, self._lookup = tokenizer, chunk, lookup
         self._vocab_size = model.config.vocab_size
         self._graphdef, self._state = nnx.split(model)
-        cache = model.init_cache(slots, max_len, ragged=True, dtype=_KV_DTYPES[kv_dtype])
+        cache = model.init_cache(slots, max_len, ragged=True, dtype=cache_dtype)
         self._device = programs.Slots.empty(cache, self._vocab_size)
         # No token has the id -2: without an end token only the limit ends a reply.
         self._end_ids = jnp.asarray(list(tokenizer.eos_token_ids) or [-2], jnp.int32)

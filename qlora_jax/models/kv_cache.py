@@ -22,7 +22,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
+
+from qlora_jax.errors import ConfigError
 
 # The segment id of a slot that nothing was written to; no token may carry it.
 EMPTY_SLOT = -1
@@ -150,6 +153,17 @@ class KVCache:
             dequantize_heads(keys, read(self.key_scales), dtype),
             dequantize_heads(values, read(self.value_scales), dtype),
         )
+
+
+def read_kv_dtype(name: str | None) -> DTypeLike | None:
+    """The dtype of a cache, as settings name it: None is the model's, "int8" in codes.
+
+    Raises:
+      ConfigError: it has another name.
+    """
+    if name not in (None, "int8"):
+        raise ConfigError(f"kv_dtype must be None or 'int8', got {name!r}")
+    return name and jnp.int8
 
 
 def quantize_heads(x: Float[Array, "*B H"]) -> tuple[Int[Array, "*B H"], Float32[Array, "*B"]]:
