@@ -25,14 +25,14 @@ def config(tmp_path_factory):
 
 @needs_cuda_wheels
 def test_the_peak_is_that_of_the_compiled_programs_and_of_known_parts(config):
-    plan = plan_evaluation(config, "a100_40gb", batch_tokens=1024, longest=False)
+    scored = AbstractScorer.of(config, find_target("a100_40gb"))
+    plan = scored.plan(1024)
     assert plan.fits and plan.longest_prompt == 128
     assert sum(plan.parts.values()) == plan.peak_bytes
     # Two layers, 128 slots, two heads of 8 in bfloat16, keys and values.
     assert plan.parts["keys and values of solved questions"] == 2 * 128 * 2 * 8 * 2 * 2
     assert min(plan.parts.values()) > 0
-    scored = AbstractScorer.of(config, find_target("a100_40gb"))
-    assert scored.peak_of_asking(2048) > scored.peak_of_asking(1024)
+    assert scored.plan(4096).peak_bytes > plan.peak_bytes
     assert plan.seconds[1] == 3 * plan.seconds[0] > 0
 
 
@@ -49,7 +49,7 @@ def test_the_largest_batch_that_fits_is_found(config, monkeypatch, room, most):
 
 
 def test_what_cannot_be_planned_is_refused(config, tmp_path):
-    with pytest.raises(ConfigError, match="must be at least 512"):
+    with pytest.raises(ConfigError, match="must be at least 256"):
         plan_evaluation(config, "t4", batch_tokens=100)
     other = config.copy_and_resolve_references()
     other.model.path = str(t5_models.write_folder(tmp_path / "t5"))

@@ -11,6 +11,7 @@ from flax import nnx
 from llama_models import random_model, tiny_config
 
 from qlora_jax.errors import ConfigError, DataError
+from qlora_jax.evaluation.packed_prompts import ROW_WIDTH, lay_out, pack, places_of
 from qlora_jax.evaluation.scoring import Scorer
 
 RNG = np.random.default_rng(0)
@@ -84,3 +85,23 @@ def test_what_cannot_be_scored_is_refused(model):
         Scorer(model, max_len=129)
     with pytest.raises(ConfigError, match="encoder-decoder"):
         Scorer(t5_models.fill())
+
+
+@pytest.mark.parametrize("batch_tokens", [40, 1024, 4096])
+def test_rows_hold_every_prompt_once_and_are_nearly_full(batch_tokens):
+    prompts = [ids(n) for n in RNG.integers(1, 700, 300).tolist()]
+    batches = list(pack([len(ids) for ids in prompts], batch_tokens, 2048))
+    assert sorted(i for batch in batches for i in batch.prompts) == list(range(300))
+    for batch in batches:
+        layout = lay_out(prompts, batch, start=5)
+        assert layout.tokens.shape == (batch.size, batch.width)
+        assert batch.size == 1 or batch.size * batch.width <= batch_tokens
+        assert len(layout.places) == batch.size * places_of(batch.width)
+        ends = layout.places[: len(batch.prompts)]
+        flat, positions = layout.tokens.ravel(), layout.positions.ravel()
+        assert flat[ends].tolist() == [prompts[i][-1] for i in batch.prompts]
+        assert positions[ends].tolist() == [4 + len(prompts[i]) for i in batch.prompts]
+        assert (layout.segment_ids > 0).sum() == sum(len(prompts[i]) for i in batch.prompts)
+    if batch_tokens >= ROW_WIDTH:
+        places = sum(batch.size * batch.width for batch in batches)
+        assert sum(map(len, prompts)) > 0.95 * places

@@ -2,20 +2,21 @@
 
 Several prompts stand in one row, each a segment that sees only itself, as short records do in
 training. The longest come first and each goes into the first row with room for it ("first fit
-decreasing"), which leaves 2 % of MMLU's places empty; padding each prompt to the length of its
+decreasing"), which leaves 3 % of MMLU's places empty; padding each prompt to the length of its
 batch's longest left a third. All batches have the same number of tokens but those of the last rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-# A row that is not full of one long prompt.
-ROW_WIDTH = 512
+# Of a row of short prompts. Attention's time on a CPU grows with it, and padding where it is less.
+ROW_WIDTH = 256
 # A row has at most one prompt for so many tokens, so that the number of places whose logits are
 # computed follows from the shape.
 _SHORTEST = 32
@@ -59,48 +60,65 @@ class Layout(NamedTuple):
 def pack(lengths: Sequence[int], batch_tokens: int, limit: int) -> Iterator[PackedBatch]:
     """Divides prompts into batches; the widest rows first: memory runs out at once or never.
 
+    A prompt that is longer than a row of `ROW_WIDTH` opens one of the next multiple of it, or of
+    the next power of two, where others have room beside it: whichever leaves less empty in all.
+
     Args:
         lengths: of the prompts, at least 1.
         batch_tokens: of a batch; a row that is longer is a batch by itself.
         limit: of a row.
 
     >>> [(batch.rows, batch.size, batch.width) for batch in pack([300, 40, 100, 600], 1024, 2048)]
-    [([[3, 0, 2]], 1, 1024), ([[1]], 1, 512)]
+    [([[3, 2, 1]], 1, 768), ([[0]], 1, 512)]
     """
-    open_rows: list[tuple[int, list[int]]] = []  # width, prompts
-    room: list[int] = []
+    ways = [_fill_rows(lengths, batch_tokens, limit, doubled) for doubled in (False, True)]
+    rows = min(ways, key=lambda rows: sum(row.width for row in rows))
+    for width in sorted({row.width for row in rows}, reverse=True):
+        prompts = [row.prompts for row in rows if row.width == width]
+        full = max(1, batch_tokens // width)
+        while prompts:
+            count = len(prompts)
+            # What is left is divided by powers of two: few shapes, each a program, and no padding.
+            size = full if count >= full - full // 8 else 1 << (count.bit_length() - 1)
+            size = min(size, full)
+            yield PackedBatch(prompts[:size], size, width)
+            prompts = prompts[size:]
+
+
+@dataclasses.dataclass
+class _Row:
+    width: int
+    room: int
+    prompts: list[int]
+
+
+def _fill_rows(lengths: Sequence[int], batch_tokens: int, limit: int, doubled: bool) -> list[_Row]:
+    """First fit decreasing."""
+    rows: list[_Row] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for row, free in enumerate(room):
-            width, prompts = open_rows[row]
-            if free >= lengths[i] and len(prompts) < places_of(width):
+        for row in rows:
+            if row.room >= lengths[i] and len(row.prompts) < places_of(row.width):
                 break
         else:
-            row = len(room)
-            width = row_width(lengths[i], batch_tokens, limit)
-            open_rows.append((width, []))
-            room.append(width)
-        open_rows[row][1].append(i)
-        room[row] -= lengths[i]
-    for width in sorted({width for width, _ in open_rows}, reverse=True):
-        rows = [prompts for each, prompts in open_rows if each == width]
-        full = max(1, batch_tokens // width)
-        while rows:
-            # What is left is divided by powers of two: few shapes, each a program, and no padding.
-            size = full if len(rows) >= full - full // 8 else 1 << (len(rows).bit_length() - 1)
-            size = min(size, full)
-            yield PackedBatch(rows[:size], size, width)
-            rows = rows[size:]
+            width = row_width(lengths[i], batch_tokens, limit, doubled=doubled)
+            row = _Row(width, width, [])
+            rows.append(row)
+        row.prompts.append(i)
+        row.room -= lengths[i]
+    return rows
 
 
-def row_width(length: int, batch_tokens: int, limit: int) -> int:
+def row_width(length: int, batch_tokens: int, limit: int, *, doubled: bool = True) -> int:
     """The width of the row that a prompt opens.
 
-    >>> [row_width(n, 4096, 2048) for n in (100, 513, 2048)], row_width(100, 64, 2048)
-    ([512, 1024, 2048], 128)
+    >>> [row_width(n, 4096, 2048, doubled=True) for n in (100, 513, 2048)]
+    [256, 1024, 2048]
+    >>> [row_width(n, 4096, 2048, doubled=False) for n in (100, 513, 2048)]
+    [256, 768, 2048]
     """
-    width = max(_SHORTEST, min(ROW_WIDTH, batch_tokens))
+    width = step = max(_SHORTEST, min(ROW_WIDTH, batch_tokens))
     while width < length:
-        width *= 2
+        width += width if doubled else step
     return min(width, limit)
 
 

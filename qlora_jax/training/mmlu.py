@@ -107,6 +107,10 @@ def read_training_questions(config: config_dict.ConfigDict) -> TrainingQuestions
     """
     if not config.eval.mmlu:
         return None
+    questions = mmlu.read_questions(config.eval.mmlu)
+    if config.eval.mmlu_max_questions:
+        questions = list(spread(questions))[: config.eval.mmlu_max_questions]
+    solved = mmlu.read_questions(config.eval.mmlu_solved) if config.eval.mmlu_solved else []
     checkpoint = open_checkpoint(resolve_path(config.model.path, kind="model"))
     shape = read_config(checkpoint)
     if isinstance(shape, T5Config):
@@ -114,10 +118,6 @@ def read_training_questions(config: config_dict.ConfigDict) -> TrainingQuestions
             f"--config.eval.mmlu={config.eval.mmlu}: MMLU is asked of decoders, and "
             f"{config.model.path} is an encoder-decoder; leave it out."
         )
-    questions = mmlu.read_questions(config.eval.mmlu)
-    if config.eval.mmlu_max_questions:
-        questions = list(spread(questions))[: config.eval.mmlu_max_questions]
-    solved = mmlu.read_questions(config.eval.mmlu_solved) if config.eval.mmlu_solved else []
     tokenizer: Tokenizer = read_tokenizer(checkpoint)
     letters = mmlu.letter_ids(tokenizer)
     max_len = min(LONGEST, shape.max_position_embeddings)
