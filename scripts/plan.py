@@ -187,7 +187,7 @@ def _print_evaluation(console: Console, plans: list[EvaluationPlan]) -> None:
             format_bytes(plan.budget_bytes),
             plan.verdict,
             f"{plan.most_batch_tokens:,}" if plan.most_batch_tokens else "none",
-            f"{least:.1f} to {most:.1f}",
+            f"{least:.2g} to {most:.2g}",
         )
     console.print(table)
     solved = format_bytes(plans[0].parts["keys and values of solved questions"])
