@@ -3,9 +3,9 @@
 `dequantize`: 4-bit weights to dense ones, against bitsandbytes, in turns. `train`: SmolLM2-135M,
 batch 4 x 256 tokens of real text, rank 64 on every linear layer, full optimizer steps; each run is
 a process of its own, ours and the rival's in turns, all on the same cores. The rival is measured in
-three settings and compared in its fastest. `decode`, `loading`, `paging`, `data` and
-`serve`: see scripts/bench_decode.py, scripts/bench_loading.py, scripts/bench_paging.py,
-scripts/bench_data.py and scripts/bench_serve.py.
+three settings and compared in its fastest. `decode`, `loading`, `paging`, `data`, `serve` and
+`mmlu`: see scripts/bench_decode.py, scripts/bench_loading.py, scripts/bench_paging.py,
+scripts/bench_data.py, scripts/bench_serve.py and scripts/bench_mmlu.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import bench_data
 import bench_decode
 import bench_loading
+import bench_mmlu
 import bench_ours
 import bench_paging
 import bench_serve
@@ -43,7 +44,7 @@ from qlora_jax.quantized import dequantize, quantize
 from qlora_jax.training.card import versions
 
 CACHE = ROOT / "benchmarks" / ".cache"
-PARTS = ("dequantize", "train", "decode", "loading", "paging", "data", "serve")
+PARTS = ("dequantize", "train", "decode", "loading", "paging", "data", "serve", "mmlu")
 _WITH_RIVAL = {"dequantize", "train", "decode", "loading"}
 RIVAL_SETTINGS = {
     "bfloat16": ["--dtype=bfloat16"],
@@ -312,4 +313,9 @@ def run(
         summary = bench_serve.summarize(samples)
         bench_serve.print_table(summary, console)
         result["serve"] = {"summary": summary, "samples": samples}
+    if "mmlu" in parts:
+        samples = bench_mmlu.bench(console)
+        summary = bench_mmlu.summarize(samples)
+        bench_mmlu.print_table(summary, console)
+        result["mmlu"] = {"summary": summary, "samples": samples}
     return result

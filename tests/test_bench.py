@@ -140,3 +140,26 @@ def test_no_two_prompts_begin_alike(bench):
         prompts = bench.bench_decode.prompts(batch)
         assert prompts.shape == (10, batch, 32)
         assert len(set(prompts[:, :, 0].ravel().tolist())) == 10 * batch
+
+
+def test_shares_of_the_ceiling_are_of_tokens_that_are_no_padding(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    bench_mmlu = importlib.import_module("bench_mmlu")
+    seconds = {"scoring": [2.0, 4.0, 2.0], "ceiling": [1.0, 3.0, 1.0]}
+    found = {"questions": 3, "shapes": [(1, 256), (1, 256)], "computed": 512, "through": 384}
+    found |= {"in_effect": 768, "seconds": seconds, "cpu_seconds": seconds}
+    row = bench_mmlu.summarize({"x": found})["x"]
+    assert (row["programs"], row["not_padding"]) == (1, 0.75)
+    assert row["through_per_second"] == 192 and row["ceiling_per_second"] == 512
+    # Turn by turn 0.75 / 2, 0.75 * 3 / 4 and again the first.
+    assert row["share_of_ceiling"] == row["share_of_ceiling_cpu"] == 0.375
+    assert row["in_effect_of_ceiling"] == 0.75
+
+
+def test_prompts_that_are_read_once_count_once(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    bench_mmlu = importlib.import_module("bench_mmlu")
+    groups = [[[1, 2, 3, 4], [1, 2, 3, 5, 6]]]
+    shared = bench_mmlu.Task("x", groups, shared=True)
+    assert (shared.tokens(in_effect=True), shared.tokens(in_effect=False)) == (9, 6)
+    assert bench_mmlu.Task("x", groups, shared=False).tokens(in_effect=False) == 9
