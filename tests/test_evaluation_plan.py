@@ -32,7 +32,7 @@ def test_the_peak_is_that_of_the_compiled_programs_and_of_known_parts(config):
     # Two layers, 128 slots, two heads of 8 in bfloat16, keys and values.
     assert plan.parts["keys and values of solved questions"] == 2 * 128 * 2 * 8 * 2 * 2
     assert min(plan.parts.values()) > 0
-    assert scored.plan(4096).peak_bytes > plan.peak_bytes
+    assert plan.parts["temporaries and batch"] > 1024 * 32 * 2  # at least the hidden states
     assert plan.seconds[1] == 3 * plan.seconds[0] > 0
 
 
