@@ -315,6 +315,13 @@ def test_compute_dtype_follows_the_device(platform, capability, expected):
     assert training.choose_compute_dtype("float16", device)[0].name == "float16"
 
 
+def test_a_dtype_that_the_device_has_not_is_refused():
+    old = type("Device", (), {"platform": "gpu", "compute_capability": "7.5"})
+    with pytest.raises(ConfigError, match="sm_75.*'float16'"):
+        building.choose_compute_dtype("bfloat16", old)
+    assert building.choose_compute_dtype("float32", old)[0] == "float32"
+
+
 @pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
 def test_compute_dtype_on_a_cpu_follows_its_instructions(monkeypatch, native, expected):
     monkeypatch.setattr(building, "cpu_multiplies_bfloat16", lambda: native)

@@ -43,17 +43,26 @@ def choose_compute_dtype(name: str, device: jax.Device) -> tuple[np.dtype, str]:
         name: a dtype, or "auto": what the device multiplies fast.
         device: that the run is on.
 
+    Raises:
+        ConfigError: the device cannot multiply in this dtype.
+
     >>> choose_compute_dtype("float32", jax.devices("cpu")[0])
     (dtype('float32'), 'as configured')
     """
+    capability = str(getattr(device, "compute_capability", ""))
+    is_old = capability.replace(".", "").isdigit() and float(capability) < 8.0
+    if name == "bfloat16" and is_old:
+        raise ConfigError(
+            f"model.compute_dtype: got 'bfloat16', and GPUs older than sm_80 (this one is "
+            f"sm_{capability.replace('.', '')}) do not multiply in it; use 'auto' or 'float16'"
+        )
     if name != "auto":
         return jnp.dtype(name), "as configured"
     if device.platform == "cpu":
         if cpu_multiplies_bfloat16():
             return jnp.dtype(jnp.bfloat16), "this CPU has matrix instructions for it"
         return jnp.dtype(jnp.float32), "this CPU has no matrix instructions for bfloat16"
-    capability = str(getattr(device, "compute_capability", ""))
-    if capability.replace(".", "").isdigit() and float(capability) < 8.0:
+    if is_old:
         return jnp.dtype(jnp.float16), "this GPU is older than sm_80 and has no fast bfloat16"
     return jnp.dtype(jnp.bfloat16), "what this device has matrix units for"
 
