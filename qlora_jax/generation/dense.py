@@ -15,6 +15,7 @@ and takes twice as long.
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -37,6 +38,8 @@ _FEW_ROWS = 128
 _PIECE = 192
 # Of the vocabulary in one product of several rows.
 _VOCABULARY_PIECE = 16384
+# Projections of one input, by their names in every family.
+_SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 # What the copy may take of the memory that is free.
 _SHARE = 0.5
 
@@ -94,13 +97,15 @@ class RowLinear(nnx.Module):
     """A linear layer without adapter, with a copy of its kernel for one row at a time.
 
     Attributes:
-        copy: [L, out, in].
+        copy: [L, N, in]. Layers with one input share it: their products are the same one, which XLA
+            computes once, and one long stretch of memory is read faster than several.
+        outputs: of the copy's N the first one of this layer, and the one behind its last.
         packed: the layer itself, which takes many rows at once.
     """
 
-    def __init__(self, linear: QLoRALinear, dtype: jnp.dtype):
-        """Decodes the kernel of a layer, one matrix at a time."""
-        self.copy = RowCopy(Matrices(_decode(linear, dtype, transpose=True)))
+    def __init__(self, linear: QLoRALinear, dtype: jnp.dtype, copy: RowCopy, start: int):
+        """Takes its rows of the copy."""
+        self.copy, self.outputs = copy, (start, start + linear.out_features)
         self.packed, self.dtype = linear, linear.dtype or dtype
 
     def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B N"]:
@@ -113,6 +118,7 @@ class RowLinear(nnx.Module):
             y = row_product(x.reshape(1, -1), kernel).astype(x.dtype).reshape(*x.shape[:-1], -1)
         else:
             y = x @ kernel.matrix.T
+        y = y[..., slice(*self.outputs)]
         return y if bias is None else y + bias.get_value().astype(y.dtype)
 
 
@@ -190,17 +196,40 @@ def with_dense_copy(model: Llama, *, one_row: bool) -> Llama:
     """
     dtype, linears = jnp.dtype(model.dtype), linear_layers(model, "all-linear")
     copies = {}
-    for path, node in nnx.iter_graph(model):
-        linear = linears.get(join_path(path))
-        if linear is not None and one_row:
-            copies[id(node)] = RowLinear(linear, dtype)
-        elif linear is not None and not _is_dense(linear, dtype):
-            copies[id(node)] = DenseLinear(linear, dtype)
+    if one_row:
+        for paths in _with_same_input(linears):
+            group = [linears[path] for path in paths]
+            kernels = [_decode(linear, dtype, transpose=True) for linear in group]
+            copy, start = RowCopy(Matrices(jnp.concatenate(kernels, axis=-2))), 0
+            for path, linear in zip(paths, group, strict=True):
+                copies[path] = RowLinear(linear, dtype, copy, start)
+                start += linear.out_features
+    else:
+        for path, linear in linears.items():
+            if not _is_dense(linear, dtype):
+                copies[path] = DenseLinear(linear, dtype)
+    nodes = {join_path(path): id(node) for path, node in nnx.iter_graph(model)}
+    copies = {nodes[path]: copy for path, copy in copies.items()}
     table = _head_table(model)
     model = substitute(model, copies, {})
     if table is not None:
         model.lm_head = nnx.data(DenseHead(table.astype(dtype), one_row=one_row))
     return model
+
+
+def _with_same_input(linears: Iterable[str]) -> list[list[str]]:
+    """The paths, and together those whose layers have one input.
+
+    >>> _with_same_input(["a/q_proj", "a/o_proj", "a/k_proj/base", "b/q_proj"])
+    [['a/q_proj', 'a/k_proj/base'], ['a/o_proj'], ['b/q_proj']]
+    """
+    groups: dict[tuple[str, int | str], list[str]] = {}
+    for path in linears:
+        # Below an adapter's layer its base is called "base".
+        parent, _, name = path.removesuffix("/base").rpartition("/")
+        same = (i for i, names in enumerate(_SAME_INPUT) if name in names)
+        groups.setdefault((parent, next(same, name)), []).append(path)
+    return list(groups.values())
 
 
 def _is_dense(linear: QLoRALinear, dtype: jnp.dtype) -> bool:
