@@ -25,7 +25,7 @@ from qlora_jax.lora import merge_lora as merge_lora
 from qlora_jax.flax_nnx import QLoRALinear as QLoRALinear
 from qlora_jax.flax_nnx import QuantizedParam as QuantizedParam
 from qlora_jax.flax_nnx import apply_qlora as apply_qlora
-from qlora_jax.flax_nnx import linear_paths as linear_paths
+from qlora_jax.linear_layers import linear_paths as linear_paths
 from qlora_jax.flax_nnx import merge_model as merge_model
 from qlora_jax.flax_nnx import quantize_model as quantize_model
 from qlora_jax.flax_nnx import set_dropout_keys as set_dropout_keys

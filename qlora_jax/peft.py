@@ -25,7 +25,8 @@ from flax import nnx
 
 from qlora_jax.errors import ConfigError
 from qlora_jax.files import resolve_path
-from qlora_jax.flax_nnx import apply_qlora, linear_layers
+from qlora_jax.flax_nnx import apply_qlora
+from qlora_jax.linear_layers import linear_layers
 from qlora_jax.lora import lora_scaling
 from qlora_jax.models.t5 import T5
 from qlora_jax.nnx_linear import QLoRALinear

@@ -31,7 +31,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8
 
 from qlora_jax.errors import ConfigError
-from qlora_jax.flax_nnx import is_head, substitute
+from qlora_jax.flax_nnx import substitute
+from qlora_jax.linear_layers import is_head
 from qlora_jax.nnx_linear import QuantizedParam
 
 VOCAB_QUANT_TYPES = ("none", "int8")

@@ -10,8 +10,9 @@ from family_models import CASES, golden_family
 from flax import nnx
 
 from qlora_jax.errors import ConfigError
-from qlora_jax.flax_nnx import apply_qlora, linear_paths
+from qlora_jax.flax_nnx import apply_qlora
 from qlora_jax.generation import generate_ids
+from qlora_jax.linear_layers import linear_paths
 from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.neftune import add_embedding_noise
 from qlora_jax.vocabulary import quantize_vocabulary

@@ -14,11 +14,11 @@ from qlora_jax.flax_nnx import (
     QLoRALinear,
     QuantizedParam,
     apply_qlora,
-    linear_paths,
     merge_model,
     quantize_model,
     set_dropout_keys,
 )
+from qlora_jax.linear_layers import linear_paths
 from qlora_jax.quantized import QuantizedTensor, dequantize
 from qlora_jax.tree import flatten_paths
 

@@ -14,7 +14,8 @@ from flax import nnx
 from qlora_jax import config as config_lib
 from qlora_jax import planning, targets
 from qlora_jax.errors import ConfigError, WeightsError
-from qlora_jax.flax_nnx import apply_qlora, linear_paths
+from qlora_jax.flax_nnx import apply_qlora
+from qlora_jax.linear_layers import linear_paths
 from qlora_jax.loading import base_fingerprint, load_model
 from qlora_jax.models.kinds import abstract_model, read_shape
 from qlora_jax.models.relative_attention import RelativePositionBias

@@ -19,7 +19,7 @@ from qlora_jax.evaluation import perplexity, suites
 from qlora_jax.evaluation.datatypes import DATATYPES, Cost, Datatype, round_weight, squared_error
 from qlora_jax.evaluation.journal import Journal
 from qlora_jax.files import resolve_path
-from qlora_jax.flax_nnx import linear_paths
+from qlora_jax.linear_layers import linear_paths
 from qlora_jax.tree import join_path
 from qlora_jax.weights import open_checkpoint
 from qlora_jax.weights.gguf import GGUFCheckpoint

@@ -26,7 +26,8 @@ from jaxtyping import Array, Float, Int
 
 from qlora_jax.dora import adapted_norm
 from qlora_jax.errors import ConfigError
-from qlora_jax.flax_nnx import linear_layers, substitute
+from qlora_jax.flax_nnx import substitute
+from qlora_jax.linear_layers import linear_layers
 from qlora_jax.lora import is_quantized, lora_scaling
 from qlora_jax.mixed import map_layers
 from qlora_jax.models.unscanned import UnscannedVariable

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from qlora_jax.flax_nnx import linear_layers, substitute
+from qlora_jax.flax_nnx import substitute
+from qlora_jax.linear_layers import linear_layers
 from qlora_jax.memory_limits import host_limits
 from qlora_jax.mixed import map_layers
 from qlora_jax.models.llama import Llama

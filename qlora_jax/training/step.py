@@ -34,7 +34,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from pallas_kernels.devices import compiler_options, release_unused_memory
-from qlora_jax.flax_nnx import HEAD_NAMES, set_dropout_keys
+from qlora_jax.flax_nnx import set_dropout_keys
+from qlora_jax.linear_layers import HEAD_NAMES
 from qlora_jax.losses import chunked_cross_entropy, next_token_targets
 from qlora_jax.optim.skipping import select, skippable
 
