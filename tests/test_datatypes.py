@@ -204,6 +204,7 @@ def test_differences_are_of_windows_and_their_scatter_decides():
     assert held["double quantization is free"] == "yes: +0.0000 ± 0.0000"
 
 
+@pytest.mark.slow
 def test_on_trained_weights_nf4_is_best_and_double_quantization_free(tmp_path):
     model, _ = stories260k()
     # What the model itself writes: there, no other model can be better in expectation.

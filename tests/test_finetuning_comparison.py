@@ -51,6 +51,7 @@ def run_of(report: dict, method: str, seed: int) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_every_method_learns_from_the_same_batches(report, config):
     found = report[1]
     assert len(found["runs"]) == 6 and found["settings"]["config"] == config.to_dict()
@@ -80,6 +81,7 @@ def test_the_qlora_curve_is_the_trainers(report, config, tmp_path):
     assert heldout == pytest.approx(mine["heldout"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_known_is_kept_and_another_comparison_refused(report, config):
     out, found = report
     before = (out / "finetuning.jsonl").read_text()

@@ -50,6 +50,7 @@ def test_a_run_goes_on_with_the_packed_model_bit_by_bit(material, tmp_path, kind
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(material, tmp_path):
     folder, config = material
     shutil.copytree(folder / "begun", tmp_path / "run")

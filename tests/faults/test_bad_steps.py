@@ -119,6 +119,7 @@ def rows_without_time(workdir):
     return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(workdir)]
 
 
+@pytest.mark.slow
 @fault(
     "The loss or the gradient of a step is NaN or infinite (four kinds), and the run is stopped "
     "and continued among such steps",
