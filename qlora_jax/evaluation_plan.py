@@ -24,7 +24,7 @@ from ml_collections import config_dict
 from qlora_jax.errors import ConfigError
 from qlora_jax.evaluation.packed_prompts import ROW_WIDTH, Layout, places_of
 from qlora_jax.evaluation.scoring import LONGEST, prefix_length, read_prefix, score_next
-from qlora_jax.memory_limits import CONTEXT_BYTES
+from qlora_jax.memory_limits import CONTEXT_BYTES, MemoryPlan
 from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.llama import Llama
 from qlora_jax.placement import tree_bytes
@@ -45,40 +45,22 @@ _UNTUNED = 3.0
 _BATCHES = tuple(2**power for power in range(9, 17))
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationPlan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationPlan(MemoryPlan):
     """The memory and time of MMLU on one GPU.
 
-    Attributes:
-        device: name of the target.
+    Attributes, with those of `MemoryPlan`:
         batch_tokens: tokens of a batch.
         longest_prompt: tokens that solved questions and one question have together, at most.
-        peak_bytes: device memory that the larger of the two programs needs.
-        budget_bytes: the device's memory less `CONTEXT_BYTES`.
-        parts: bytes by what they are; they add up to `peak_bytes`.
         seconds: of all 14,042 questions behind five solved ones: the least, and at a third of it.
         most_batch_tokens: the largest batch that fits, of powers of two up to 65,536; 0: none. None
             where it was not looked for.
     """
 
-    device: str
     batch_tokens: int
     longest_prompt: int
-    peak_bytes: int
-    budget_bytes: int
-    parts: dict[str, int]
     seconds: tuple[float, float]
     most_batch_tokens: int | None = None
-
-    @property
-    def fits(self) -> bool:
-        """Whether it can be scored there."""
-        return self.peak_bytes <= self.budget_bytes
-
-    @property
-    def verdict(self) -> str:
-        """`"fits"` or `"does not fit"`."""
-        return "fits" if self.fits else "does not fit"
 
 
 def plan_evaluation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -21,6 +22,33 @@ _GROUPS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """The memory of compiled programs on one GPU.
+
+    Attributes:
+        device: name of the target.
+        peak_bytes: device memory that the largest of the programs needs.
+        budget_bytes: the device's memory less `CONTEXT_BYTES`.
+        parts: bytes by what they are; they add up to `peak_bytes`.
+    """
+
+    device: str
+    peak_bytes: int
+    budget_bytes: int
+    parts: dict[str, int]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the programs can run there."""
+        return self.peak_bytes <= self.budget_bytes
+
+    @property
+    def verdict(self) -> str:
+        """`"fits"` or `"does not fit"`."""
+        return "fits" if self.fits else "does not fit"
 
 
 def host_limits(

@@ -23,7 +23,7 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.generation import slots as programs
 from qlora_jax.generation.adapters import serve_adapters
 from qlora_jax.generation.engine import LONGEST_PIECE
-from qlora_jax.memory_limits import CONTEXT_BYTES
+from qlora_jax.memory_limits import CONTEXT_BYTES, MemoryPlan
 from qlora_jax.models.kv_cache import read_kv_dtype
 from qlora_jax.models.llama import Llama
 from qlora_jax.placement import tree_bytes
@@ -38,40 +38,22 @@ _CHUNK = 8
 _STEP = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class ServingPlan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServingPlan(MemoryPlan):
     """The memory of an engine on one GPU.
 
-    Attributes:
-        device: name of the target.
+    Attributes, with those of `MemoryPlan`:
         batch: slots.
         context: tokens of prompt and reply together, in each slot.
         kv_dtype: of keys and values.
-        peak_bytes: device memory that the larger of the two programs needs.
-        budget_bytes: the device's memory less `CONTEXT_BYTES`.
-        parts: bytes by what they are; they add up to `peak_bytes`.
         longest_context: the longest that fits in so many slots, up to what the model can see; 0:
             none. None where it was not looked for.
     """
 
-    device: str
     batch: int
     context: int
     kv_dtype: str
-    peak_bytes: int
-    budget_bytes: int
-    parts: dict[str, int]
     longest_context: int | None = None
-
-    @property
-    def fits(self) -> bool:
-        """Whether the engine can run there."""
-        return self.peak_bytes <= self.budget_bytes
-
-    @property
-    def verdict(self) -> str:
-        """`"fits"` or `"does not fit"`."""
-        return "fits" if self.fits else "does not fit"
 
 
 def plan_serving(

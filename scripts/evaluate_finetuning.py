@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_jax import command_line
-from qlora_jax.data.batches import BatchIterator
 from qlora_jax.errors import ConfigError
 from qlora_jax.evaluation import finetuning_report
 from qlora_jax.evaluation.finetuning_report import Run
@@ -220,16 +219,7 @@ def train(
         before: held-out loss before training, where it is known: the seed does not matter then.
     """
     parts = take_apart(method, config, shape, family, dtype)
-    batches = BatchIterator(
-        data.train,
-        batch_size=config.train.batch_size,
-        seq_len=config.data.max_len,
-        grad_accum=config.train.grad_accum,
-        packing=config.data.packing,
-        group_by_length=config.data.group_by_length,
-        seed=config.seed,
-        build=family.build,
-    )
+    batches = data.batches(config, family.build)
     total = config.train.steps or batches.num_batches(config.train.epochs)
     tx, _ = build_optimizer(config, total)
     state = init_state(parts.trainable, tx, config.seed)

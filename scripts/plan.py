@@ -77,17 +77,23 @@ def main() -> None:
     several = len(batch_sizes) * len(lengths) > 1
     jax.config.update("jax_platforms", "cpu")  # a GPU of this machine may be at work
     console = Console(stderr=_JSON.value)
-    if _MODE.value == "generate":
-        plans = list(_plan_serving(config, names, batch_sizes, lengths, console))
+    if _MODE.value != "train":
+        if _ESTIMATE.value:
+            raise ConfigError("--estimate: only training is estimated; leave it out to compile")
+        if _MODE.value == "generate":
+            found = _plan_serving(config, names, batch_sizes, lengths, console)
+            show = _print_serving
+        else:
+            found = _plan_evaluation(config, names, _numbers(_BATCH_TOKENS), console)
+            show = _print_evaluation
+        plans = []
+        for plan in found:
+            plans.append(plan)
+            if _JSON.value:
+                described = {"mode": _MODE.value, "verdict": plan.verdict}
+                print(json.dumps(described | dataclasses.asdict(plan)), flush=True)
         if not _JSON.value:
-            _print_serving(console, plans)
-        if not all(plan.fits for plan in plans):
-            sys.exit(_DOES_NOT_FIT)
-        return
-    if _MODE.value == "evaluate":
-        plans = list(_plan_evaluation(config, names, _numbers(_BATCH_TOKENS), console))
-        if not _JSON.value:
-            _print_evaluation(console, plans)
+            show(console, plans)
         if not all(plan.fits for plan in plans):
             sys.exit(_DOES_NOT_FIT)
         return
@@ -121,15 +127,10 @@ def _plan_serving(
     lengths: list[int],
     console: Console,
 ) -> Iterator[ServingPlan]:
-    if _ESTIMATE.value:
-        raise ConfigError("--estimate: serving is not estimated; leave it out to compile")
     kv_dtype = None if _KV_DTYPE.value == "auto" else _KV_DTYPE.value
     for name, rows, length in itertools.product(names, batch_sizes, lengths):
         with console.status(f"compiling {rows} slots of {length} tokens for {name} …"):
             plan = plan_serving(config, name, batch=rows, context=length, kv_dtype=kv_dtype)
-        if _JSON.value:
-            described = {"mode": "generate", "verdict": plan.verdict}
-            print(json.dumps(described | dataclasses.asdict(plan)), flush=True)
         yield plan
 
 
@@ -159,14 +160,9 @@ def _print_serving(console: Console, plans: list[ServingPlan]) -> None:
 def _plan_evaluation(
     config: ConfigDict, names: list[str], batches: list[int], console: Console
 ) -> Iterator[EvaluationPlan]:
-    if _ESTIMATE.value:
-        raise ConfigError("--estimate: scoring is not estimated; leave it out to compile")
     for name, tokens in itertools.product(names, batches):
         with console.status(f"compiling batches of {tokens} tokens for {name} …"):
             plan = plan_evaluation(config, name, batch_tokens=tokens)
-        if _JSON.value:
-            described = {"mode": "evaluate", "verdict": plan.verdict}
-            print(json.dumps(described | dataclasses.asdict(plan)), flush=True)
         yield plan
 
 

@@ -38,7 +38,15 @@ def test_the_peak_is_that_of_the_compiled_programs_and_of_known_parts(config):
 
 @pytest.mark.parametrize(("room", "most"), [(400, 0), (512, 512), (5000, 4096), (10**6, 65536)])
 def test_the_largest_batch_that_fits_is_found(config, monkeypatch, room, most):
-    plan = evaluation_plan.EvaluationPlan("x", 0, 128, 0, room, {}, (1.0, 3.0))
+    plan = evaluation_plan.EvaluationPlan(
+        device="x",
+        batch_tokens=0,
+        longest_prompt=128,
+        peak_bytes=0,
+        budget_bytes=room,
+        parts={},
+        seconds=(1.0, 3.0),
+    )
 
     def of(self, batch_tokens):
         return dataclasses.replace(plan, batch_tokens=batch_tokens, peak_bytes=batch_tokens)

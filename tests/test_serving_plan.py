@@ -79,7 +79,15 @@ def test_decoding_one_row_is_the_fused_product(config):
 
 def plan_of(context: int, budget: int, fixed: int = 1000, a_token: int = 10) -> ServingPlan:
     parts = {"base": fixed, "keys and values": a_token * context}
-    return ServingPlan("t4", 1, context, "bfloat16", sum(parts.values()), budget, parts)
+    return ServingPlan(
+        device="t4",
+        batch=1,
+        context=context,
+        kv_dtype="bfloat16",
+        peak_bytes=sum(parts.values()),
+        budget_bytes=budget,
+        parts=parts,
+    )
 
 
 @pytest.mark.parametrize(

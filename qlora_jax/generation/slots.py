@@ -206,12 +206,12 @@ def admit_all(
     """`admit` for several slots in one pass of the model, in which the others have no part.
 
     Args:
-      graphdef: of the model.
+      graphdef: see `admit`, as the rest.
       state: of the model.
       slots: given away.
       new: a prompt for every slot.
       end_ids: tokens that end a reply.
-      span: slots of the cache that attention looks at.
+      span: slots of the cache.
 
     Returns:
       The slots, and the first token of each reply.

@@ -18,6 +18,7 @@ from ml_collections import config_dict
 
 from qlora_jax import hub
 from qlora_jax.data import records, row_order
+from qlora_jax.data.batches import BatchIterator, BuildBatch
 from qlora_jax.data.example_arrays import Examples, Question, Table
 from qlora_jax.data.masking import tokenize_each
 from qlora_jax.data.mixture import Source, parse_mixture, repeat
@@ -48,6 +49,19 @@ class TrainingData:
     fingerprint: str
     report: DataReport
     cached: bool = False
+
+    def batches(self, config: config_dict.ConfigDict, build: BuildBatch) -> BatchIterator:
+        """Batches of what is trained on, as a whole configuration orders and packs them."""
+        return BatchIterator(
+            self.train,
+            batch_size=config.train.batch_size,
+            seq_len=config.data.max_len,
+            grad_accum=config.train.grad_accum,
+            packing=config.data.packing,
+            group_by_length=config.data.group_by_length,
+            seed=config.seed,
+            build=build,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

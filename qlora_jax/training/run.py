@@ -21,7 +21,7 @@ from ml_collections import config_dict
 from qlora_jax import config as config_lib
 from qlora_jax import hub, phases
 from qlora_jax.checkpoint import HELDOUT_LOSS
-from qlora_jax.data.batches import BatchIterator, row_lengths
+from qlora_jax.data.batches import row_lengths
 from qlora_jax.errors import TrainingError
 from qlora_jax.generation import generate
 from qlora_jax.metrics import MetricsWriter, plot_loss, read_metrics
@@ -158,16 +158,7 @@ class _Run:
         self.heldout = Heldout(
             config, self.data.heldout, eval_graphdef, self.frozen, self.family, questions
         )
-        self.batches = BatchIterator(
-            self.data.train,
-            batch_size=config.train.batch_size,
-            seq_len=config.data.max_len,
-            grad_accum=config.train.grad_accum,
-            packing=config.data.packing,
-            group_by_length=config.data.group_by_length,
-            seed=config.seed,
-            build=self.family.build,
-        )
+        self.batches = self.data.batches(config, self.family.build)
         self.steps = config.train.steps or self.batches.num_batches(config.train.epochs)
         _, self.schedule = build_optimizer(config, self.steps)
         self.checkpoints.describe(
