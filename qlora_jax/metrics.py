@@ -22,8 +22,6 @@ from typing import Any
 import jax
 import psutil
 import tensorboardX
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from qlora_jax.errors import TrainingError
 
@@ -205,6 +203,10 @@ def plot_loss(workdir: str | pathlib.Path) -> pathlib.Path | None:
     rows = read_metrics(workdir)
     if not rows:
         return None
+    # Imported here: 30 MB that a process which draws nothing would hold beside a model's weights.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     rates = axes.twinx()

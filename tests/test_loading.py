@@ -312,6 +312,21 @@ print(host_memory()[1], sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(mo
 """
 
 
+def test_what_only_reports_need_is_not_imported():
+    """Libraries of tens of MB, which a process that loads a model would carry for nothing."""
+    libraries = {"scipy.stats", "matplotlib", "pandas"}
+    program = f"import sys, qlora_jax; print({libraries} & {{*sys.modules}})"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=pathlib.Path(__file__).parents[1],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.strip() == "set()"
+
+
 @pytest.mark.slow
 def test_peak_memory_of_a_large_sharded_checkpoint(tmp_path):
     """Packed size + 2 x the largest tensor + 300 MB, which must hold Python and JAX as well."""
