@@ -14,7 +14,7 @@ starves the process at exactly that point, without a line in the product that on
     phases.listeners.append(die)
 
 A name says what has just begun or, in `SAVING`, what has just been reached. Phases of `train` in
-their order: "loading", "tokenizing", "compiling", "restoring" (only where there is a checkpoint),
+their order: "tokenizing", "loading", "compiling", "restoring" (only where there is a checkpoint),
 "evaluating" (before, within and after training), "training", those of `SAVING`, "stopped" (by a
 signal, saved), "finishing".
 """

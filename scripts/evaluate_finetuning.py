@@ -37,19 +37,23 @@ from qlora_jax.errors import ConfigError
 from qlora_jax.evaluation import finetuning_report
 from qlora_jax.evaluation.finetuning_report import Run
 from qlora_jax.evaluation.journal import Journal
-from qlora_jax.files import resolve_path
-from qlora_jax.loading import base_fingerprint, load_model, read_config, read_tokenizer
+from qlora_jax.loading import base_fingerprint, load_model
 from qlora_jax.losses import chunked_cross_entropy, next_token_targets
 from qlora_jax.models.kinds import Shape, abstract_model
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.targets import peak_bytes
 from qlora_jax.training import choose_compute_dtype, compile_step, init_state, make_train_step
-from qlora_jax.training.building import adapt_model, build_optimizer, model_options, split_model
-from qlora_jax.training.data import TrainingData, load_training_data, with_chat_format
+from qlora_jax.training.building import (
+    adapt_model,
+    build_optimizer,
+    describe_base,
+    model_options,
+    split_model,
+)
+from qlora_jax.training.data import TrainingData, load_training_data
 from qlora_jax.training.family import Family, family_of
 from qlora_jax.training.heldout import Heldout
 from qlora_jax.training.step import Batch, LossFn
-from qlora_jax.weights import open_checkpoint
 
 METHODS = ("qlora", "lora", "full")
 
@@ -121,12 +125,10 @@ def compare(
         UserError: see `load_model` and `load_training_data`.
     """
     dtype, _ = choose_compute_dtype(config.model.compute_dtype, jax.devices()[0])
-    checkpoint = open_checkpoint(resolve_path(config.model.path, kind="model"))
-    shape = read_config(checkpoint)
+    shape, tokenizer = describe_base(config)
     if isinstance(shape, T5Config):
         raise ConfigError("--suite=finetuning compares decoders; this is an encoder-decoder")
     family = family_of(shape, config)
-    tokenizer = with_chat_format(read_tokenizer(checkpoint), config)
     data = load_training_data(config, tokenizer, shape.vocab_size, family.tokenize)
     if not data.heldout:
         raise ConfigError("nothing is held out to compare by; set data.eval_fraction or eval_path")

@@ -19,7 +19,7 @@ from qlora_jax import training
 from qlora_jax.checkpoint import Checkpointer
 from qlora_jax.data.batches import BatchIterator
 from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import CheckpointError, ConfigError, TrainingError
+from qlora_jax.errors import CheckpointError, ConfigError, TrainingError, UserError
 from qlora_jax.generation import generate
 from qlora_jax.metrics import read_metrics
 from qlora_jax.training import building
@@ -273,6 +273,24 @@ def test_a_directory_that_is_trained_in_is_refused_before_anything_is_loaded(
         other.kill()
     with Workdir(tmp_path / "run").lock():
         pass
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [(None, "does not exist"), ('{"input": 1}', "sums.jsonl:3"), ("{", "sums.jsonl:3")],
+)
+def test_what_is_wrong_with_the_data_shows_before_the_base_is_loaded(
+    config, tmp_path, monkeypatch, line, said
+):
+    path = tmp_path / "sums.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], line or "", *lines[2:]]))
+    config.data.on_bad_record = "error"
+    if line is None:
+        config.data.path = str(tmp_path / "elsewhere.jsonl")
+    monkeypatch.setattr(run_lib, "build_model", lambda *args, **options: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=said):
+        run(config, tmp_path / "run")
 
 
 def test_a_disk_without_room_is_refused_before_training(config, tmp_path, monkeypatch):

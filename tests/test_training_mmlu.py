@@ -17,6 +17,7 @@ from qlora_jax.evaluation.scoring import Scorer
 from qlora_jax.metrics import read_metrics
 from qlora_jax.training import fitting
 from qlora_jax.training import run as run_lib
+from qlora_jax.training.building import describe_base
 from qlora_jax.training.mmlu import read_training_questions, spread
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
@@ -205,6 +206,6 @@ def test_questions_are_spread_over_the_subjects(folder):
     questions = mmlu.read_questions(folder / "questions.jsonl")
     config = make_config(folder)
     config.eval.mmlu_max_questions = 5
-    chosen = read_training_questions(config)
+    chosen = read_training_questions(config, describe_base(config))
     assert len(chosen) == 5
     assert [q.subject for q in spread(questions)][:5] == ["sums", "terms", "sums", "terms", "sums"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,15 @@ from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import apply_qlora
 from qlora_jax.layer_formats import packed_linears
-from qlora_jax.loading import base_fingerprint, load_model, stored_fingerprint
+from qlora_jax.loading import (
+    base_fingerprint,
+    load_model,
+    read_config,
+    read_tokenizer,
+    stored_fingerprint,
+)
 from qlora_jax.lora import lora_scaling
+from qlora_jax.models.kinds import Shape
 from qlora_jax.optim import make_optimizer, make_schedule
 from qlora_jax.subtraction import (
     SUBTRACTED_FILE,
@@ -32,7 +39,7 @@ from qlora_jax.subtraction import (
 )
 from qlora_jax.training.data import with_chat_format
 from qlora_jax.vocabulary import quantize_vocabulary
-from qlora_jax.weights import PackedFormat, StackedCheckpoint, open_checkpoint
+from qlora_jax.weights import Checkpoint, PackedFormat, StackedCheckpoint, open_checkpoint
 from qlora_jax.weights.packed import all_kinds
 
 
@@ -88,6 +95,34 @@ def model_options(config: config_dict.ConfigDict, device: jax.Device) -> dict[st
     )
 
 
+class Base(NamedTuple):
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        shape: of the model.
+        tokenizer: with the chat format of the data.
+    """
+
+    shape: Shape
+    tokenizer: Tokenizer
+
+
+def describe_base(config: config_dict.ConfigDict) -> Base:
+    """Reads what takes no time, whatever the size of the model.
+
+    Args:
+        config: a whole configuration.
+
+    Raises:
+        UserError: there is no such model.
+        ConfigError: the model is in 4 bits already, in another format than the configuration says.
+        WeightsError: its configuration or tokenizer cannot be read.
+    """
+    checkpoint = _open(config)
+    tokenizer = with_chat_format(read_tokenizer(checkpoint), config)
+    return Base(read_config(checkpoint), tokenizer)
+
+
 def build_model(
     config: config_dict.ConfigDict,
     *,
@@ -113,8 +148,7 @@ def build_model(
         ConfigError: the model is in 4 bits already, in another format than the configuration says.
         WeightsError: the model cannot be read, or is not what was once quantized.
     """
-    checkpoint = open_checkpoint(resolve_path(config.model.path, kind="model"))
-    _check_format(config, all_kinds(packed_linears(checkpoint).values()))
+    checkpoint = _open(config)
     options = model_options(config, jax.devices()[0])
     file = workdir and workdir / SUBTRACTED_FILE
     prepare = _prepare(config, file if again else None)
@@ -163,8 +197,10 @@ def _prepare(config: config_dict.ConfigDict, file: pathlib.Path | None) -> Prepa
     return Subtract(read_subtracted(file), lora_scaling(lora.rank, lora.alpha, lora.use_rslora))
 
 
-def _check_format(config: config_dict.ConfigDict, found: set[PackedFormat]) -> None:
-    """Holds a configuration, which goes into a run's records, to what a packed model is."""
+def _open(config: config_dict.ConfigDict) -> Checkpoint:
+    """Holds the configuration, which goes into a run's records, to what a packed model is."""
+    checkpoint = open_checkpoint(resolve_path(config.model.path, kind="model"))
+    found = all_kinds(packed_linears(checkpoint).values())
     fields = config.model.quant_type, config.model.block_size, config.model.double_quant
     asked = PackedFormat(*fields)
     if found and asked not in found:
@@ -174,6 +210,7 @@ def _check_format(config: config_dict.ConfigDict, found: set[PackedFormat]) -> N
             f"{config.model.path} is in 4 bits already ({kind}), and the configuration says "
             f"{asked}; add {flags} to train on it as it is, or give the 16-bit model"
         )
+    return checkpoint
 
 
 def _quantization(config: config_dict.ConfigDict) -> dict[str, Any]:

@@ -22,16 +22,13 @@ import xxhash
 from flax import nnx
 from ml_collections import config_dict
 
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError
 from qlora_jax.evaluation import mmlu
 from qlora_jax.evaluation.mmlu import Accuracy, Prompt, Question
 from qlora_jax.evaluation.scoring import LONGEST, Scorer
-from qlora_jax.files import resolve_path
-from qlora_jax.loading import read_config, read_tokenizer
 from qlora_jax.models.t5_config import T5Config
+from qlora_jax.training.building import Base
 from qlora_jax.training.interrupts import stop_requested
-from qlora_jax.weights import open_checkpoint
 
 # In metrics.jsonl.
 MMLU_ACCURACY = "mmlu_accuracy"
@@ -94,16 +91,16 @@ class TrainingQuestions:
         return mmlu.summarize(answers)["micro"]
 
 
-def read_training_questions(config: config_dict.ConfigDict) -> TrainingQuestions | None:
+def read_training_questions(config: config_dict.ConfigDict, base: Base) -> TrainingQuestions | None:
     """Reads the questions of a configuration and writes their prompts; None where it has none.
 
     Args:
         config: a whole configuration.
+        base: its model.
 
     Raises:
         ConfigError: the model is an encoder-decoder.
         DataError: a file cannot be used, or see `mmlu.write_prompts` and `mmlu.letter_ids`.
-        UserError: there is no such model.
     """
     if not config.eval.mmlu:
         return None
@@ -111,18 +108,15 @@ def read_training_questions(config: config_dict.ConfigDict) -> TrainingQuestions
     if config.eval.mmlu_max_questions:
         questions = list(spread(questions))[: config.eval.mmlu_max_questions]
     solved = mmlu.read_questions(config.eval.mmlu_solved) if config.eval.mmlu_solved else []
-    checkpoint = open_checkpoint(resolve_path(config.model.path, kind="model"))
-    shape = read_config(checkpoint)
-    if isinstance(shape, T5Config):
+    if isinstance(base.shape, T5Config):
         raise ConfigError(
             f"--config.eval.mmlu={config.eval.mmlu}: MMLU is asked of decoders, and "
             f"{config.model.path} is an encoder-decoder; leave it out."
         )
-    tokenizer: Tokenizer = read_tokenizer(checkpoint)
-    letters = mmlu.letter_ids(tokenizer)
-    max_len = min(LONGEST, shape.max_position_embeddings)
+    letters = mmlu.letter_ids(base.tokenizer)
+    max_len = min(LONGEST, base.shape.max_position_embeddings)
     groups = mmlu.write_prompts(
-        tokenizer, questions, solved, shots=_SHOTS if solved else 0, max_len=max_len
+        base.tokenizer, questions, solved, shots=_SHOTS if solved else 0, max_len=max_len
     )
     return TrainingQuestions(
         list(itertools.chain(*groups)),

@@ -33,6 +33,7 @@ from qlora_jax.training.building import (
     build_model,
     build_optimizer,
     choose_compute_dtype,
+    describe_base,
     split_model,
 )
 from qlora_jax.training.card import CardFacts, generate_command, model_card, this_python
@@ -131,30 +132,34 @@ class _Run:
         self.config, self.directory, self.report = config, directory, report
         self.on_step, self.progress = on_step, progress
         self.checkpoints = RunCheckpoints(config, directory, report)
-        phases.enter("loading")
-        questions = read_training_questions(config)  # what is wrong with them shows before the base
+        phases.enter("tokenizing")
         device = jax.devices()[0]
         self.dtype, self.dtype_reason = choose_compute_dtype(config.model.compute_dtype, device)
+        # First what takes seconds: nobody should wait for the weights of 65B, and then read that
+        # a path to the data is wrong.
+        base = describe_base(config)
+        self.tokenizer = base.tokenizer
+        questions = read_training_questions(config, base)
+        self.family = family_of(base.shape, config)
+        with report.busy("tokenizing the data") as notes:
+            self.data = load_training_data(
+                config, base.tokenizer, base.shape.vocab_size, self.family.tokenize
+            )
+            notes += ["found from an earlier start"] if self.data.cached else []
+        phases.enter("loading")
         with report.busy(f"loading {config.model.path} and quantizing it"):
-            model, self.tokenizer, self.fingerprint = build_model(
+            model, _, self.fingerprint = build_model(
                 config,
                 dtype=self.dtype,
                 workdir=directory.path,
                 again=self.checkpoints.exist,
             )
-        self.family = family_of(model.config, config)
         add_embedding_noise(model, config.train.neftune_alpha, config.seed)
         model.eval()
         eval_graphdef, _, _ = split_model(model)
         model.train()
         self.graphdef, lora, self.frozen = split_model(model)
         self.size = measure(lora, self.frozen)
-        phases.enter("tokenizing")
-        with report.busy("tokenizing the data") as notes:
-            self.data = load_training_data(
-                config, self.tokenizer, model.config.vocab_size, self.family.tokenize
-            )
-            notes += ["found from an earlier start"] if self.data.cached else []
         self.heldout = Heldout(
             config, self.data.heldout, eval_graphdef, self.frozen, self.family, questions
         )

@@ -140,7 +140,7 @@ def test_killed_at_50_random_moments(seen, train, trainer, config, tmp_path):
         events, output = tmp_path / f"events-{kill}", tmp_path / f"run-{kill}.txt"
         arguments = [f"--config={config}", f"--workdir={workdir}", *flags]
         process = trainer.start(arguments, output=output, events=str(events))
-        # loading, tokenizing, compiling, restoring, and about 6 phases a step
+        # tokenizing, loading, compiling, restoring, and about 6 phases a step
         wanted = moments.randrange(28)
         wait_for(lambda: events.exists() and events.stat().st_size >= wanted)  # noqa: B023
         time.sleep(moments.uniform(0, 0.03))
