@@ -1,6 +1,7 @@
 """Plans of runs that nobody has started, on devices that are not here."""
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -164,6 +165,36 @@ def test_state_goes_to_the_host_as_far_as_it_must(config, monkeypatch):
     config.optimizer.device_budget_gb = (rest - 1000) / 1e9
     plan = planning.plan(config, "h100", suggest=False)
     assert plan.verdict == "does not fit" and not plan.fits
+
+
+def test_what_costs_only_time_is_tried_first(config):
+    config.model.remat, config.train.batch_size, config.train.grad_accum = "none", 4, 2
+    config.data.max_len, config.lora.dtype = 8192, "float32"
+    tried = list(fitting.smaller_settings(config))
+    news = [dict(b.items() - a.items()) for a, b in itertools.pairwise([{}, *tried])]
+    assert news[:7] == [
+        {"model.remat": "full"},
+        {"train.batch_size": 1, "train.grad_accum": 8},
+        {"model.remat": "offload"},
+        {"model.sequence_chunk": 4096},
+        {"lora.dtype": "bfloat16"},
+        {"model.vocab_quant_type": "int8"},
+        {"train.grad_accum": 1},
+    ]
+    assert [new["data.max_len"] for new in news[7:]] == [4096, 2048, 1024, 512, 256]
+    # An encoder-decoder has no chunks, and its rows hold two parts.
+    config.data.source_max_len, config.data.target_max_len = 1024, 1024
+    fields = {*tried[-1]} - {"model.sequence_chunk", "data.max_len"}
+    assert {*list(fitting.smaller_settings(config))[-1]} == fields
+
+
+def test_settings_that_need_more_of_the_host_than_it_has_are_passed_over(config):
+    def compile_run(config, state_budget):
+        offloads = config.model.remat == "offload"
+        return types.SimpleNamespace(peak_bytes=2 - offloads, host_bytes=100 * offloads)
+
+    assert fitting.find_settings(config, compile_run, 1, 100) == {"model.remat": "offload"}
+    assert fitting.find_settings(config, compile_run, 1, 99) == {}
 
 
 def test_what_cannot_fit_has_no_settings(config, monkeypatch):

@@ -11,6 +11,7 @@ The same functions serve a run on the device that is there and a plan for one th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -40,6 +41,8 @@ from qlora_jax.weights import open_checkpoint
 
 # Less room than this for state on the device is not worth another compilation.
 _LEAST_ROOM = 64 << 20
+# Tokens of a long row that a layer is computed for at a time, where that is what makes it fit.
+_CHUNK = 4096
 
 
 class Compiled(Protocol):
@@ -195,10 +198,13 @@ def fit_state(compile_step: Callable[[int | None], Fit], budget: int | None) -> 
 def smaller_settings(config: config_dict.ConfigDict) -> Iterator[dict[str, Any]]:
     """Settings that need less and less memory.
 
-    First those that leave the result of a step as it is (recomputation, smaller microbatches), then
-    the adapters' precision, then fewer rows a step, and at last shorter rows.
+    First those that leave the result of a step as it is and cost time: recomputation, smaller
+    microbatches, the layers' inputs in the host's memory, long rows in chunks. Then the precision
+    of the adapters and of the vocabulary, then fewer rows a step, and at last shorter rows.
     """
     changes: dict[str, Any] = {}
+    is_decoder = not config.data.source_max_len
+    length = config.data.max_len
     if config.model.remat not in ("auto", "full", "offload"):
         changes["model.remat"] = "full"
         yield dict(changes)
@@ -206,14 +212,22 @@ def smaller_settings(config: config_dict.ConfigDict) -> Iterator[dict[str, Any]]
         changes["train.batch_size"] = 1
         changes["train.grad_accum"] = config.train.grad_accum * config.train.batch_size
         yield dict(changes)
+    if config.model.remat != "offload":
+        changes["model.remat"] = "offload"
+        yield dict(changes)
+    if is_decoder and length > _CHUNK and not 0 < config.model.sequence_chunk <= _CHUNK:
+        changes["model.sequence_chunk"] = _CHUNK
+        yield dict(changes)
     if config.lora.dtype == "float32":
         changes["lora.dtype"] = "bfloat16"
+        yield dict(changes)
+    if config.model.vocab_quant_type == "none":
+        changes["model.vocab_quant_type"] = "int8"
         yield dict(changes)
     if config.train.grad_accum * config.train.batch_size > 1:
         changes["train.grad_accum"] = 1  # without a second tree of gradients
         yield dict(changes)
-    length = config.data.max_len
-    while length > 256 and not config.data.source_max_len:  # else max_len must hold both parts
+    while length > 256 and is_decoder:  # else max_len must hold both parts
         length //= 2
         changes["data.max_len"] = length
         yield dict(changes)
@@ -223,6 +237,7 @@ def find_settings(
     config: config_dict.ConfigDict,
     compile_run: Callable[[config_dict.ConfigDict, int | None], Fit],
     budget: int,
+    host_budget: float = math.inf,
 ) -> dict[str, Any]:
     """The first of `smaller_settings` that fits, compiled; empty where none does.
 
@@ -230,11 +245,13 @@ def find_settings(
         config: of the run that does not fit.
         compile_run: compiles a configuration's step, as `fit_state` wants it.
         budget: device memory in bytes.
+        host_budget: the host's pinned memory in bytes.
     """
     for changes in smaller_settings(config):
         other = config_dict.ConfigDict(config)
         other.update_from_flattened_dict(changes)
-        if compile_run(other, 0).peak_bytes <= budget:
+        fit = compile_run(other, 0)
+        if fit.peak_bytes <= budget and fit.host_bytes <= host_budget:
             return changes
     return {}
 

@@ -8,6 +8,7 @@ step wants the state elsewhere, the state is moved; after the spike it comes bac
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import optax
@@ -125,14 +126,14 @@ class Steps:
     def _check(self, length: int, fit: Fit) -> None:
         """Refuses a step that cannot run, before anything is allocated for it."""
         if self._budget is not None and fit.peak_bytes > self._budget:
-            changes = find_settings(self._config, self._compile_other, self._budget)
+            changes = self._find_settings(self._budget)
             remedy = f"It would fit with {as_flags(changes)}" if changes else "Take a larger device"
             raise errors.TrainingError(
                 f"a step with rows of {length} tokens needs {format_bytes(fit.peak_bytes)} of "
                 f"device memory with all that can be paged in the host's, and there are "
                 f"{format_bytes(self._budget)}. {remedy}"
             )
-        for name, limit in host_limits(pinned=self._device.platform == "gpu").items():
+        for name, limit in self._host_limits().items():
             if fit.host_bytes > limit:
                 raise errors.TrainingError(
                     f"{format_bytes(fit.host_bytes)} of the optimizer's state and activations "
@@ -158,6 +159,14 @@ class Steps:
         run = abstract_run(config, self._device, state_budget)
         compiled = compile_step(run.step, run.state, run.frozen, run.batch)
         return Fit.of(compiled, state_budget, run.state)
+
+    def _host_limits(self) -> dict[str, int]:
+        return host_limits(pinned=self._device.platform == "gpu")
+
+    def _find_settings(self, budget: int) -> dict[str, Any]:
+        """Settings with which a step would fit; none where nothing that was tried does."""
+        host = min(self._host_limits().values())
+        return find_settings(self._config, self._compile_other, budget, host)
 
     def start(self, lora: PyTree) -> TrainState:
         """The state before the first step, where the longest rows want it."""
@@ -223,8 +232,10 @@ class Steps:
         if not begun and self.fits[length].state_budget != 0:
             return
         budget = int(0.9 * self.fits[length].peak_bytes)
-        changes = find_settings(self._config, self._compile_other, budget)
+        changes = self._find_settings(budget)
         remedy = f"Continue with {as_flags(changes)}" if changes else "Take a larger device"
+        if {*changes} - {"model.remat"}:
+            remedy += " (in a new --workdir, where this one has checkpoints)"
         raise errors.TrainingError(
             f"the device ran out of memory in a step with rows of {length} tokens, planned at "
             f"{format_bytes(self.fits[length].peak_bytes)}; does another process use it? "

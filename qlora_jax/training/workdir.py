@@ -11,9 +11,9 @@
     .lock           locked by the process that trains here, see `locking.py`
 
 A run that is continued must be the same run. Every field that has a say in the adapter has to be
-what it was; fields that only say how long to train, what to print and what to keep may change (a
-decaying learning rate then aims at the new last step). The paths of model and data may change too:
-these are recognised by their content.
+what it was; fields that only say how long to train, what to print, what to keep and what to compute
+again (`model.remat`) may change; a decaying learning rate then aims at the new last step. The paths
+of model and data may change too: these are recognised by their content.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from qlora_jax.guarded_files import parse_json, read_limited
 from qlora_jax.manifest import sync
 from qlora_jax.training.locking import locked
 
-# Sections and fields that do not make it another run: how long, what is printed and kept, and in
-# which memory.
+# Sections and fields that do not make it another run: how long, what is printed and kept, in which
+# memory, and what is computed again.
 _MAY_CHANGE = (
+    "model.remat",
     "train.steps",
     "train.epochs",
     "train.log_every",
