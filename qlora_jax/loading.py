@@ -280,16 +280,25 @@ def hash_arrays(values: Mapping[str, Any]) -> str:
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Reads the tokenizer that belongs to a model.
+    """Reads the tokenizer that belongs to a model."""
+    if checkpoint.style == "hf":
+        return read_hf_tokenizer(checkpoint.path, checkpoint.config)
+    return Tokenizer.from_gguf(checkpoint.config)
+
+
+def read_hf_tokenizer(folder: pathlib.Path, config: Mapping[str, Any]) -> Tokenizer:
+    """Reads the tokenizer of a Hugging Face folder, which need not hold the weights.
 
     An encoder-decoder without a chat template gets the format "plain", so that it can be asked:
     its source is the text of the messages.
+
+    Args:
+      folder: with the tokenizer's files.
+      config: content of the model's `config.json`.
     """
-    if checkpoint.style == "hf":
-        tokenizer = Tokenizer.from_file(checkpoint.path)
-        plain = checkpoint.config.get("model_type") in T5_TYPES and not tokenizer.chat_template
-        return tokenizer.with_chat_format("plain") if plain else tokenizer
-    return Tokenizer.from_gguf(checkpoint.config)
+    tokenizer = Tokenizer.from_file(folder)
+    plain = config.get("model_type") in T5_TYPES and not tokenizer.chat_template
+    return tokenizer.with_chat_format("plain") if plain else tokenizer
 
 
 def slots(variables: Mapping[str, nnx.Variable]) -> Iterator[tuple[Slot, tuple[int, ...]]]:

@@ -15,7 +15,7 @@ import pytest
 import tiny_run
 from flax import nnx
 
-from qlora_jax import training
+from qlora_jax import hub, training
 from qlora_jax.checkpoint import Checkpointer
 from qlora_jax.data.batches import BatchIterator
 from qlora_jax.data.tokenizer import Tokenizer
@@ -292,6 +292,29 @@ def test_what_is_wrong_with_the_data_shows_before_the_base_is_loaded(
     monkeypatch.setattr(run_lib, "build_model", lambda *args, **options: pytest.fail("loaded"))
     with pytest.raises(UserError, match=said):
         run(config, tmp_path / "run")
+
+
+def test_of_a_name_on_the_hub_the_weights_are_fetched_last(config, tmp_path, monkeypatch):
+    folder, kinds = pathlib.Path(config.model.path), []
+
+    def fetch(name, kind, patterns):
+        kinds.append(kind)
+        return folder
+
+    (weights,) = folder.glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.unlink()
+    monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(hub, "describe", lambda *_: "a name")
+    config.model.path, path = "owner/name", config.data.path
+    config.data.path = str(tmp_path / "elsewhere.jsonl")
+    with pytest.raises(UserError, match="elsewhere.jsonl does not exist"):
+        run(config, tmp_path / "run")
+    assert {*kinds} == {"tokenizer"}
+    config.data.path, config.train.steps = path, 1
+    weights.write_bytes(content)
+    run(config, tmp_path / "run")
+    assert {*kinds} == {"tokenizer", "model"}
 
 
 def test_a_disk_without_room_is_refused_before_training(config, tmp_path, monkeypatch):

@@ -13,20 +13,23 @@ from flax import nnx
 from ml_collections import config_dict
 
 from pallas_kernels.devices import cpu_multiplies_bfloat16
+from qlora_jax import hub
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import ConfigError, WeightsError
 from qlora_jax.files import resolve_path
 from qlora_jax.flax_nnx import apply_qlora
+from qlora_jax.guarded_files import read_json_object
 from qlora_jax.layer_formats import packed_linears
 from qlora_jax.loading import (
     base_fingerprint,
     load_model,
     read_config,
+    read_hf_tokenizer,
     read_tokenizer,
     stored_fingerprint,
 )
 from qlora_jax.lora import lora_scaling
-from qlora_jax.models.kinds import Shape
+from qlora_jax.models.kinds import Shape, read_shape
 from qlora_jax.optim import make_optimizer, make_schedule
 from qlora_jax.subtraction import (
     SUBTRACTED_FILE,
@@ -110,6 +113,8 @@ class Base(NamedTuple):
 def describe_base(config: config_dict.ConfigDict) -> Base:
     """Reads what takes no time, whatever the size of the model.
 
+    Of a name on the Hugging Face Hub the weights are not fetched yet.
+
     Args:
         config: a whole configuration.
 
@@ -118,9 +123,14 @@ def describe_base(config: config_dict.ConfigDict) -> Base:
         ConfigError: the model is in 4 bits already, in another format than the configuration says.
         WeightsError: its configuration or tokenizer cannot be read.
     """
-    checkpoint = _open(config)
-    tokenizer = with_chat_format(read_tokenizer(checkpoint), config)
-    return Base(read_config(checkpoint), tokenizer)
+    folder = hub.find_name(config.model.path) and resolve_path(config.model.path, kind="tokenizer")
+    if folder and folder.is_dir():
+        said = read_json_object(folder / "config.json")
+        shape, tokenizer = read_shape(said), read_hf_tokenizer(folder, said)
+    else:
+        checkpoint = _open(config)
+        shape, tokenizer = read_config(checkpoint), read_tokenizer(checkpoint)
+    return Base(shape, with_chat_format(tokenizer, config))
 
 
 def build_model(
