@@ -193,12 +193,13 @@ def test_which_fields_may_change_between_two_parts_of_a_run(tmp_path):
     workdir.write_text("config.json", config_lib.to_json(config))
     config.train.steps, config.train.log_every, config.eval.every = 9, 1, 3
     config.sample.enabled, config.checkpoint.keep, config.data.path = False, 9, "elsewhere"
+    config.model.remat = "none"
     workdir.check_config(config.to_dict())
-    config.data.max_len, config.model.remat = 8, "none"
+    config.data.max_len, config.model.quant_type = 8, "fp4"
     with pytest.raises(ConfigError) as error:
         workdir.check_config(config.to_dict())
     assert "data.max_len: was 512, is 8" in str(error.value)
-    assert "model.remat: was 'auto', is 'none'" in str(error.value)
+    assert "model.quant_type: was 'nf4', is 'fp4'" in str(error.value)
     assert "steps" not in str(error.value)
 
 
