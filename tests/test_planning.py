@@ -135,7 +135,9 @@ def fake_compile(config, state_budget=None, *, target):
 def test_a_run_that_does_not_fit_comes_with_settings_that_do(config, monkeypatch):
     monkeypatch.setattr(planning, "compile_run", fake_compile)
     config.train.batch_size = 8
+    given = config.to_json()
     plan = planning.plan(config, "h100")
+    assert config.to_json() == given  # the next device is planned with what was asked for
     assert plan.verdict == "does not fit" and not plan.fits
     assert plan.changes == {"train.batch_size": 1, "train.grad_accum": 8}
     assert planning.plan(config, "h100", suggest=False).changes == {}
@@ -190,11 +192,15 @@ def test_what_costs_only_time_is_tried_first(config):
 
 def test_settings_that_need_more_of_the_host_than_it_has_are_passed_over(config):
     def compile_run(config, state_budget):
-        offloads = config.model.remat == "offload"
-        return types.SimpleNamespace(peak_bytes=2 - offloads, host_bytes=100 * offloads)
+        offloads, halved = config.model.remat == "offload", config.lora.dtype == "bfloat16"
+        peak = 1 if offloads or halved else 2
+        return types.SimpleNamespace(peak_bytes=peak, host_bytes=50 + 50 * offloads)
 
+    config.lora.dtype = "float32"
     assert fitting.find_settings(config, compile_run, 1, 100) == {"model.remat": "offload"}
-    assert fitting.find_settings(config, compile_run, 1, 99) == {}
+    without = {"model.remat": "full", "lora.dtype": "bfloat16"}
+    assert fitting.find_settings(config, compile_run, 1, 99) == without
+    assert fitting.find_settings(config, compile_run, 1, 49) == {}
 
 
 def test_what_cannot_fit_has_no_settings(config, monkeypatch):

@@ -113,7 +113,8 @@ class Base(NamedTuple):
 def describe_base(config: config_dict.ConfigDict) -> Base:
     """Reads what takes no time, whatever the size of the model.
 
-    Of a name on the Hugging Face Hub the weights are not fetched yet.
+    Of a name on the Hugging Face Hub the weights are not fetched yet, and so their format is not
+    looked at.
 
     Args:
         config: a whole configuration.

@@ -247,12 +247,17 @@ def find_settings(
         budget: device memory in bytes.
         host_budget: the host's pinned memory in bytes.
     """
+    instead: dict[str, Any] = {}
     for changes in smaller_settings(config):
-        other = config_dict.ConfigDict(config)
+        changes |= instead
+        other = config.copy_and_resolve_references()
         other.update_from_flattened_dict(changes)
         fit = compile_run(other, 0)
-        if fit.peak_bytes <= budget and fit.host_bytes <= host_budget:
-            return changes
+        if fit.host_bytes <= host_budget:
+            if fit.peak_bytes <= budget:
+                return changes
+        elif changes.get("model.remat") == "offload":  # then what comes after it does without
+            instead["model.remat"] = "full"
     return {}
 
 

@@ -40,6 +40,7 @@ from qlora_jax.training.step import (
     init_state,
     make_train_step,
 )
+from qlora_jax.training.workdir import may_change
 
 # Device memory that no plan gets: what is rounded up, and what is split by it.
 _SLACK = 64 << 20
@@ -234,7 +235,7 @@ class Steps:
         budget = int(0.9 * self.fits[length].peak_bytes)
         changes = self._find_settings(budget)
         remedy = f"Continue with {as_flags(changes)}" if changes else "Take a larger device"
-        if {*changes} - {"model.remat"}:
+        if not all(map(may_change, changes)):
             remedy += " (in a new --workdir, where this one has checkpoints)"
         raise errors.TrainingError(
             f"the device ran out of memory in a step with rows of {length} tokens, planned at "

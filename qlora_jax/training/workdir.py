@@ -171,7 +171,7 @@ class Workdir:
         changed = [
             f"{name}: was {before.get(name)!r}, is {now.get(name)!r}"
             for name in sorted({**before, **now})
-            if before.get(name) != now.get(name) and not _may_change(name)
+            if before.get(name) != now.get(name) and not may_change(name)
         ]
         if changed:
             raise ConfigError(
@@ -222,7 +222,12 @@ def explain_os_error(error: OSError, path: pathlib.Path) -> str:
     return f"{path} cannot be written: {reasons.get(error.errno, error.strerror or str(error))}"
 
 
-def _may_change(name: str) -> bool:
+def may_change(name: str) -> bool:
+    """Whether a run can be continued with another value of a field.
+
+    >>> may_change("model.remat"), may_change("eval.every"), may_change("lora.rank")
+    (True, True, False)
+    """
     allowed = _MAY_CHANGE + _BY_CONTENT
     return name in allowed or name.partition(".")[0] in allowed
 
