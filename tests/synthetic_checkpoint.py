@@ -82,6 +82,14 @@ def write_checkpoint(folder: pathlib.Path, config: dict, shard_bytes: int, seed:
     return total
 
 
+def write_small_checkpoint(folder: pathlib.Path) -> pathlib.Path:
+    """A new folder with a tiny bfloat16 model in several shards."""
+    folder.mkdir()
+    write_checkpoint(folder, CONFIG, shard_bytes=8_000)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    return folder
+
+
 def write_tokenizer(folder: pathlib.Path) -> None:
     """Writes a tokenizer of a few words."""
     vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "a", "b", "c"])}
